@@ -1,0 +1,184 @@
+"""Configuration of an FSPAD head."""
+
+from typing import Any
+
+from .versions import check_transformers_version
+
+check_transformers_version()
+
+from transformers import PreTrainedConfig  # noqa: E402  # the check above must speak before an import can fail
+
+
+class FSPADConfig(PreTrainedConfig):
+    """Configuration of an [`FSPADModel`]: the shape of the head, its variant, its drafting knobs and its target.
+
+    The four variants of the paper's ablation are two switches. With both off the head is an EAGLE-1/2 head.
+
+    Args:
+        vocab_size: Vocabulary size of the target.
+        hidden_size: Hidden size of the target, and of the head.
+        intermediate_size: Width of the head's two gated MLPs.
+        num_attention_heads: Attention heads of the head's decoder layer.
+        num_key_value_heads: Key/value heads; `None` for as many as attention heads.
+        head_dim: Size of one attention head; `None` for `hidden_size // num_attention_heads`.
+        hidden_act: Activation of the gated MLPs.
+        max_position_embeddings: Longest context the head was made for.
+        rms_norm_eps: Epsilon of the head's RMSNorm layers.
+        rope_parameters: RoPE parameters in the form of transformers (`rope_theta`, `rope_type`, scaling values).
+        attention_bias: Whether the attention projections have biases.
+        attention_dropout: Dropout of the attention weights while training.
+        initializer_range: Standard deviation of new weights.
+        feature_sampling: Whether the token embedding gates the fused input in the wide space (section "feature
+            sampling" of the paper). `False` keeps the plain linear layer.
+        partial_alignment: Whether the layer ends in two vectors, one for the logits and one aligned with the feature.
+            `False` makes them the same vector.
+        draft_depth: Levels of the draft tree that are expanded after the first.
+        draft_top_k: Nodes that are expanded at each level, and children that each of them gets.
+        num_draft_tokens: Tokens of a draft tree that are verified, the root not counted.
+        draft_vocab_size: How many of the most frequent tokens the head scores; `None` for the target's vocabulary.
+        target_model_name: Hub id (or name) of the target that the head was trained for.
+        target_revision: Revision of that target.
+        pad_token_id: The target's padding token; equal to the target's so that pipelines accept the pair.
+        bos_token_id: The target's first token.
+        eos_token_id: The target's end token or tokens.
+    """
+
+    model_type = "fspad"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # the base class declares it this way
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    feature_sampling: bool = True
+    partial_alignment: bool = True
+    draft_depth: int = 5
+    draft_top_k: int = 8
+    num_draft_tokens: int = 59
+    draft_vocab_size: int | None = None
+    target_model_name: str | None = None
+    target_revision: str | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Check the values that no tensor shape would catch.
+
+        Raises:
+            ValueError: If a size is not a positive integer, or two sizes do not fit each other.
+        """
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            _expect_integer(name, getattr(self, name), at_least=1)
+        if self.num_hidden_layers != 1:
+            raise ValueError(f"an FSPAD head has one decoder layer, got num_hidden_layers={self.num_hidden_layers}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if self.draft_vocab_size is not None:
+            _expect_integer("draft_vocab_size", self.draft_vocab_size, at_least=1, at_most=self.vocab_size)
+        self.check_drafting()
+
+    def check_drafting(self) -> None:
+        """Check the drafting knobs, which may have been assigned since the config was made.
+
+        Raises:
+            ValueError: If one of them is not an integer in its range.
+        """
+        _expect_integer("draft_depth", self.draft_depth, at_least=0)
+        _expect_integer("draft_top_k", self.draft_top_k, at_least=1)
+        _expect_integer("num_draft_tokens", self.num_draft_tokens, at_least=1)
+
+    @classmethod
+    def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "FSPADConfig":
+        """Make the configuration of a head that fits a target.
+
+        Args:
+            target_config: Configuration of any decoder-only model; of a multimodal one the text part is used.
+            **overrides: Fields that shall differ from what the target suggests, e.g. `draft_vocab_size=8192`.
+
+        Returns:
+            A configuration with the target's sizes, RoPE and special tokens.
+
+        Raises:
+            ValueError: If the target is an encoder-decoder model.
+        """
+        if getattr(target_config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"an FSPAD head needs a decoder-only target, got the encoder-decoder {target_config.model_type!r}"
+            )
+        text = target_config.get_text_config(decoder=True)
+        values = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": _first_int(text, "intermediate_size", "ffn_dim") or 4 * text.hidden_size,
+            "max_position_embeddings": _first_int(text, "max_position_embeddings") or cls.max_position_embeddings,
+            "rms_norm_eps": getattr(text, "rms_norm_eps", None) or cls.rms_norm_eps,
+            "rope_parameters": _flat_rope_parameters(text),
+            "target_model_name": getattr(target_config, "_name_or_path", None) or None,
+            **_attention_shape(text),
+        }
+        for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            values[token] = getattr(text, token, None)
+        return cls(**{**values, **overrides})
+
+
+def _expect_integer(name: str, value: Any, at_least: int, at_most: int | None = None) -> None:
+    bounds = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    if not good or (at_most is not None and value > at_most):
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
+
+
+def _first_int(config: PreTrainedConfig, *names: str) -> int | None:
+    """The first of these fields that holds one integer (some families keep a list, one value a layer)."""
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _attention_shape(text: PreTrainedConfig) -> dict[str, int]:
+    """The target's attention heads where the head's plain attention can have them, else heads of 64 or the like."""
+    heads = _first_int(text, "num_attention_heads") or max(1, text.hidden_size // 64)
+    kv_heads = _first_int(text, "num_key_value_heads") or heads
+    head_dim = _first_int(text, "head_dim") or text.hidden_size // heads
+    if heads % kv_heads or head_dim % 2 or head_dim == 0:
+        heads = next(n for n in range(max(1, text.hidden_size // 64), 0, -1) if text.hidden_size % (2 * n) == 0)
+        kv_heads, head_dim = heads, text.hidden_size // heads
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+
+
+def _flat_rope_parameters(text: PreTrainedConfig) -> dict[str, Any] | None:
+    """One set of RoPE parameters for the head's one full-attention layer, whose every dimension rotates."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if not isinstance(rope.get("rope_theta"), int | float):
+        return None
+    left_out = {"partial_rotary_factor", "mrope_section", "mrope_interleaved"}
+    rope = {name: value for name, value in rope.items() if name not in left_out}
+    known_types = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+    if rope.get("rope_type") not in known_types or (rope["rope_type"] == "longrope" and "partial_rotary_factor" in text):
+        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope
+
+
+# At module level, so that a head that came by remote code is saved with its code again.
+FSPADConfig.register_for_auto_class()

@@ -1,0 +1,213 @@
+"""What `generate` calls on a head: checks, the choice of the way to decode, and the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import StaticCache
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from .decoding_loop import DecodingLoop
+from .drafting import Drafter, DraftingKnobs
+from .plain_decoding import decode_plainly
+from .target import check_target
+from .tree_attention import VerificationMode, choose_verification
+from .verification import TokenChooser
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .configuration_fspad import FSPADConfig
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class FSPADGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with an FSPAD head and `return_dict_in_generate=True`.
+
+    Everything that plain decoding returns is there with one entry a token. tau is `accept_lengths.sum() / steps`, and
+    1.0 when there is no step.
+
+    Args:
+        accept_lengths: Tokens emitted by each verification step, the target's own (bonus) token included, of shape
+            `(steps,)`, or `(batch, steps)` padded with zeros. The token of the prefill is not a step.
+        draft_time: Seconds spent drafting.
+        verify_time: Seconds spent verifying.
+    """
+
+    accept_lengths: torch.LongTensor | None = None
+    draft_time: float | None = None
+    verify_time: float | None = None
+
+
+class FSPADGenerationMixin:
+    """Assisted decoding for a head. Mixed into the model, as `GenerationMixin` is into causal language models."""
+
+    @torch.no_grad()
+    def assisted_decoding(
+        self,
+        target: PreTrainedModel,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        inputs_tensor: torch.Tensor | None = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> FSPADGenerateOutput | torch.LongTensor:
+        """Decode with the target, assisted by this head. Called by `target.generate(..., assistant_model=head)`.
+
+        Args:
+            target: The model whose `generate` was called.
+            input_ids: The prompt, of shape `(batch, length)`.
+            logits_processor: Applied to the true prefix of every token.
+            stopping_criteria: Asked after every token.
+            generation_config: The options of `generate`.
+            synced_gpus: Whether ranks must run the same number of forward passes; decodes plainly.
+            streamer: Gets every token in order.
+            inputs_tensor: Not used.
+            assistant_model: Not used; this head.
+            assistant_tokenizer: Not used; the head shares the target's tokens.
+            tokenizer: Not used here.
+            **model_kwargs: The model inputs that `generate` prepared.
+
+        Returns:
+            The tokens of shape `(batch, length)`, or an [`FSPADGenerateOutput`] with `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: If head and target do not fit, or for options under which nothing can be rolled back.
+        """
+        check_target(self.config, target)
+        self.config.check_drafting()
+        check_inputs(input_ids, model_kwargs)
+        mode, reason = choose_verification(target, model_kwargs.get("past_key_values"))
+        if input_ids.shape[0] > 1:
+            mode, reason = VerificationMode.PLAIN, f"the batch has {input_ids.shape[0]} rows, one is supported"
+        elif synced_gpus:
+            mode, reason = VerificationMode.PLAIN, "ranks run in step (synced_gpus)"
+        self._explain(target, mode, reason)
+        self._check_length(input_ids)
+
+        if mode is VerificationMode.PLAIN:
+            output, accept_lengths = decode_plainly(
+                target,
+                input_ids,
+                stopping_criteria,
+                logits_processor=logits_processor,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+            if not generation_config.return_dict_in_generate:
+                return output
+            return FSPADGenerateOutput(**output, accept_lengths=accept_lengths, draft_time=0.0, verify_time=0.0)
+
+        chooser = TokenChooser(
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            do_sample=generation_config.do_sample,
+            streamer=streamer,
+            keep_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
+            keep_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
+        )
+        drafter = Drafter(self, target, drafting_knobs(self.config, generation_config, mode))
+        loop = DecodingLoop(target, drafter, chooser, mode, generation_config, model_kwargs)
+        sequences = loop.run(input_ids)
+        if streamer is not None:
+            streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return FSPADGenerateOutput(
+            sequences=sequences,
+            scores=chooser.scores if chooser.keep_scores else None,
+            logits=chooser.logits if chooser.keep_logits else None,
+            attentions=loop.attentions if generation_config.output_attentions else None,
+            hidden_states=loop.hidden_states if generation_config.output_hidden_states else None,
+            past_key_values=loop.cache,
+            accept_lengths=torch.tensor(loop.accept_lengths, dtype=torch.long),
+            draft_time=loop.draft_watch.seconds(),
+            verify_time=loop.verify_watch.seconds(),
+        )
+
+    def _explain(self, target: PreTrainedModel, mode: VerificationMode, reason: str | None) -> None:
+        """Say once what is slower than it could be, and why."""
+        if mode is VerificationMode.CHAIN:
+            logger.warning_once(f"FSPAD verifies a chain instead of a tree, as lossless but slower: {reason}.")
+        elif mode is VerificationMode.PLAIN:
+            logger.warning_once(f"FSPAD falls back to plain decoding: {reason}.")
+        for name, ours, theirs in (
+            ("device", self.device, target.get_output_embeddings().weight.device),
+            ("dtype", self.dtype, target.dtype),
+        ):
+            if ours != theirs:
+                logger.warning_once(
+                    f"The FSPAD head has {name} {ours}, the target {theirs}: features are converted at every step. "
+                    f"`head.to({theirs!r})` saves that."
+                )
+
+    def _check_length(self, input_ids: torch.LongTensor) -> None:
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            logger.warning_once(
+                f"The prompt has {input_ids.shape[1]} tokens, the FSPAD head was made for "
+                f"{self.config.max_position_embeddings}: the text stays the same, but fewer drafts may be accepted."
+            )
+
+
+def check_inputs(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> None:
+    """Refuse inputs under which nothing can be verified or rolled back.
+
+    Args:
+        input_ids: The prompt, of shape `(batch, length)`.
+        model_kwargs: The model inputs that `generate` prepared.
+
+    Raises:
+        ValueError: For `use_cache=False`, a static cache or an empty prompt.
+    """
+    if not model_kwargs.get("use_cache", True):
+        raise ValueError("an FSPAD head needs the target's cache, got use_cache=False: drop it or `assistant_model`.")
+    if isinstance(model_kwargs.get("past_key_values"), StaticCache):
+        raise ValueError(
+            "an FSPAD head needs a cache that can be rolled back, got a static one: drop `cache_implementation` (the "
+            "default is a dynamic cache) or `assistant_model`."
+        )
+    if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
+        raise ValueError("the prompt is empty: expected at least one token, e.g. the target's bos token, got none.")
+
+
+def drafting_knobs(
+    config: FSPADConfig, generation_config: GenerationConfig, mode: VerificationMode
+) -> DraftingKnobs:
+    """The size of drafts for one call.
+
+    `generate(num_assistant_tokens=..., assistant_confidence_threshold=...)` overrule the head's configuration. The
+    values that transformers fills in by itself (20 and 0.4) cannot be told from an omission and count as one.
+
+    Args:
+        config: The head's configuration.
+        generation_config: The options of `generate`.
+        mode: `TREE` or `CHAIN`.
+    """
+    filled_in = generation_config._get_default_generation_params()
+
+    def given(name: str) -> Any:
+        value = getattr(generation_config, name, None)
+        return None if value == filled_in.get(name) else value
+
+    num_draft_tokens = given("num_assistant_tokens")
+    return DraftingKnobs(
+        depth=config.draft_depth,
+        top_k=1 if mode is VerificationMode.CHAIN else config.draft_top_k,
+        num_draft_tokens=config.num_draft_tokens if num_draft_tokens is None else num_draft_tokens,
+        confidence_threshold=given("assistant_confidence_threshold"),
+    )

@@ -1,0 +1,184 @@
+"""What a head borrows from its target: features, token embeddings and LM head. Family differences end here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .configuration_fspad import FSPADConfig
+
+
+@dataclass
+class _Recording:
+    """What one forward pass hands to the LM head: all rows are kept, the last `logits_to_keep` are passed on."""
+
+    logits_to_keep: int | None
+    features: list[torch.Tensor] = field(default_factory=list)
+
+
+class FeatureTap:
+    """Records the features of a target, i.e. exactly what enters its LM head.
+
+    Works as a context manager. While it is open a forward pre-hook sits on the target's output embeddings; it is inert
+    for every forward pass that does not run inside [`FeatureTap.record`] of the same tap in the same thread, so that
+    several threads can share a target.
+
+    Args:
+        target: A causal language model with output embeddings.
+
+    Raises:
+        ValueError: If the target has no output embeddings.
+    """
+
+    def __init__(self, target: PreTrainedModel):
+        self.lm_head = target.get_output_embeddings()
+        if self.lm_head is None:
+            raise ValueError(
+                f"{type(target).__name__} has no output embeddings (LM head) to take features from; "
+                "load the target with `AutoModelForCausalLM`."
+            )
+        self._recording: ContextVar[_Recording | None] = ContextVar("fspad_recording", default=None)
+
+    def __enter__(self) -> FeatureTap:
+        self._handle = self.lm_head.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._handle.remove()
+
+    @contextmanager
+    def record(self, logits_to_keep: int | None = None) -> Iterator[list[torch.Tensor]]:
+        """Record the forward passes of the `with` block.
+
+        Ask the target for all rows (`logits_to_keep=0`): the tap keeps them and hands on those that are needed.
+
+        Args:
+            logits_to_keep: How many of the last positions get logits; `None` for all.
+
+        Yields:
+            A list that grows by one tensor of shape `(batch, length, hidden)` a forward pass.
+        """
+        recording = _Recording(logits_to_keep)
+        token = self._recording.set(recording)
+        try:
+            yield recording.features
+        finally:
+            self._recording.reset(token)
+
+    def _on_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        recording = self._recording.get()
+        if recording is None:
+            return None
+        hidden_states, *rest = args or (next(iter(kwargs.values())),)
+        recording.features.append(hidden_states)
+        if recording.logits_to_keep is None:
+            return None
+        kept = hidden_states[:, -recording.logits_to_keep :]
+        if args:
+            return (kept, *rest), kwargs
+        return args, {**kwargs, next(iter(kwargs)): kept}
+
+
+class LMHead:
+    """The target's map from features to logits, for scoring drafts and for the training loss.
+
+    Scales and soft caps that a family applies after its LM head (Cohere, Gemma 2, Granite, ...) are applied here too.
+
+    Args:
+        target: The model whose LM head is borrowed. It is not copied unless the vocabulary is trimmed.
+        token_ids: Token ids to score, of shape `(draft_vocab,)`; `None` for the whole vocabulary.
+    """
+
+    def __init__(self, target: PreTrainedModel, token_ids: torch.Tensor | None = None):
+        self.module = target.get_output_embeddings()
+        self.token_ids = None
+        self.weight = self.bias = None
+        text_config = target.config.get_text_config(decoder=True)
+        self.multiplier = _logit_multiplier(text_config)
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        if token_ids is not None:
+            self.token_ids = token_ids.to(self.module.weight.device)
+            if type(self.module) is nn.Linear and self.module.weight.is_floating_point():
+                self.weight = self.module.weight.detach()[self.token_ids]
+                self.bias = None if self.module.bias is None else self.module.bias.detach()[self.token_ids]
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits of features.
+
+        Args:
+            features: Of shape `(..., hidden)`; moved to the LM head's device and dtype.
+
+        Returns:
+            Logits of shape `(..., vocab)`, or `(..., draft_vocab)` when trimmed, in the LM head's dtype.
+        """
+        weight = self.module.weight
+        dtype = weight.dtype if weight.is_floating_point() else features.dtype
+        features = features.to(device=weight.device, dtype=dtype)
+        if self.weight is not None:
+            logits = nn.functional.linear(features, self.weight, self.bias)
+        else:
+            logits = self.module(features)
+            if self.token_ids is not None:
+                logits = logits[..., self.token_ids]
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def _logit_multiplier(text_config: Any) -> float:
+    if (scale := getattr(text_config, "logit_scale", None)) is not None:
+        return float(scale)
+    if (scaling := getattr(text_config, "logits_scaling", None)) is not None:
+        return 1.0 / float(scaling)
+    return 1.0
+
+
+def embed_tokens(target: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
+    """The target's token embeddings.
+
+    Args:
+        target: The model whose input embeddings are borrowed.
+        token_ids: Token ids of shape `(batch, length)`.
+
+    Returns:
+        Embeddings of shape `(batch, length, hidden)` in the target's dtype.
+    """
+    embeddings = target.get_input_embeddings()
+    return embeddings(token_ids.to(embeddings.weight.device))
+
+
+def check_target(config: FSPADConfig, target: PreTrainedModel) -> None:
+    """Check that a head fits a target.
+
+    Args:
+        config: The head's configuration.
+        target: The model that is to be assisted.
+
+    Raises:
+        ValueError: If the target is an encoder-decoder model, or hidden size or vocabulary differ.
+    """
+    if target.config.is_encoder_decoder:
+        raise ValueError(
+            f"an FSPAD head assists decoder-only models, got the encoder-decoder {type(target).__name__}; "
+            "call `generate` without `assistant_model`."
+        )
+    text_config = target.config.get_text_config(decoder=True)
+    trained_for = f" It was trained for {config.target_model_name!r}." if config.target_model_name else ""
+    for name in ("hidden_size", "vocab_size"):
+        expected, got = getattr(config, name), getattr(text_config, name)
+        if expected != got:
+            raise ValueError(
+                f"this FSPAD head does not fit the target: the head has {name}={expected}, {type(target).__name__} has "
+                f"{name}={got}.{trained_for} Load the head that belongs to this target."
+            )

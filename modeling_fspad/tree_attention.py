@@ -1,0 +1,219 @@
+"""How a target verifies: which targets can take a tree, the tree's attention mask, and the cache after it."""
+
+from __future__ import annotations
+
+import inspect
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What is known to verify a tree exactly. Anything else gets the chain.
+TREE_LAYER_TYPES = {"full_attention", "sliding_attention"}
+TREE_CACHE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
+TREE_ATTENTION = {"eager", "sdpa"}
+# What can be rolled back token by token. Anything else gets plain decoding.
+CHAIN_CACHE_LAYERS = (DynamicLayer, LinearAttentionLayer)
+
+
+class VerificationMode(Enum):
+    """How drafts are verified."""
+
+    TREE = "tree"
+    CHAIN = "chain"
+    PLAIN = "plain decoding"
+
+
+def choose_verification(target: PreTrainedModel, cache: Cache | None) -> tuple[VerificationMode, str | None]:
+    """Decide how a target can verify drafts exactly.
+
+    Args:
+        target: The model that verifies.
+        cache: The cache that `generate` prepared for it.
+
+    Returns:
+        The mode, and the reason when it is not the tree.
+    """
+    text_config = target.config.get_text_config(decoder=True)
+    name = type(target).__name__
+    layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    if target._is_stateful or layer_types & {"linear_attention", "hybrid", "hybrid_sliding"}:
+        return VerificationMode.PLAIN, f"{name} has a recurrent state that cannot be rolled back"
+    if type(cache) is not DynamicCache:
+        return VerificationMode.PLAIN, f"{type(cache).__name__} cannot be rolled back"
+    cache_layers = {type(layer) for layer in cache.layers} or {DynamicLayer}
+    if not all(issubclass(layer, CHAIN_CACHE_LAYERS) for layer in cache_layers):
+        return VerificationMode.PLAIN, f"the cache of {name} cannot be rolled back"
+
+    attention = text_config._attn_implementation
+    if attention not in TREE_ATTENTION:
+        return VerificationMode.CHAIN, f"the attention implementation {attention!r} takes no tree mask"
+    if not (layer_types <= TREE_LAYER_TYPES and cache_layers <= TREE_CACHE_LAYERS):
+        return VerificationMode.CHAIN, f"{name} has layers that are not known to verify a tree exactly"
+    # Models outside of the attention interface derive positions or masks from cache slots, some of them in silence
+    takes_positions = "position_ids" in inspect.signature(target.forward).parameters
+    if not (takes_positions and target._supports_attention_backend):
+        return VerificationMode.CHAIN, f"{name} derives positions from cache slots"
+    if getattr(cache, "offloading", False):
+        return VerificationMode.CHAIN, "the cache is offloaded"
+    return VerificationMode.TREE, None
+
+
+def max_draft_depth(target: PreTrainedModel, root_position: int) -> int | None:
+    """How deep a tree may grow before its positions change what plain decoding would compute.
+
+    Learned positions end at `max_position_embeddings`. Dynamic and long RoPE change the frequencies of the whole forward
+    pass with the largest position in it, so a tree must not be the first to cross their limit.
+
+    Args:
+        target: The model that verifies.
+        root_position: Position of the tree's root.
+
+    Returns:
+        The number of levels below the root; `None` for no limit.
+    """
+    text_config = target.config.get_text_config(decoder=True)
+    rope = getattr(text_config, "rope_parameters", None)
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if rope:
+        per_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+        rope_types = {value.get("rope_type", "default") for value in per_layer_type}
+        if "longrope" in rope_types:
+            limit = min(value.get("original_max_position_embeddings", limit) for value in per_layer_type)
+            if root_position >= limit:
+                return None
+        elif "dynamic" not in rope_types:
+            return None
+    if not isinstance(limit, int):
+        return None
+    return max(0, limit - 1 - root_position)
+
+
+def tree_attention_mask(
+    tree: DraftTree, cache: Cache, target: PreTrainedModel, padding_mask: torch.Tensor | None
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The additive mask under which all nodes of a tree see their ancestors and the past.
+
+    Distances are counted along the tree (a node at depth d stands d behind the root), so that sliding windows end where
+    they end in plain decoding.
+
+    Args:
+        tree: The tree, about to be appended to the cache.
+        cache: The target's cache before the tree.
+        target: The model that verifies.
+        padding_mask: 1 for tokens and 0 for padding among the cached positions, of shape `(batch, past)`, or `None`.
+
+    Returns:
+        A mask of shape `(batch, 1, nodes, kept past + nodes)` in the target's dtype, or one per layer type, whichever
+        the target's layers expect.
+    """
+    text_config = target.config.get_text_config(decoder=True)
+    layer_types = getattr(text_config, "layer_types", None)
+    sliding_window = getattr(text_config, "sliding_window", None)
+    if layer_types is None:
+        return _additive_mask(tree, cache, 0, sliding_window, padding_mask, target.dtype)
+    masks = {}
+    for layer_type in dict.fromkeys(layer_types):
+        # The layer that the target itself would size this mask by
+        is_sliding = layer_type == "sliding_attention"
+        layer_idx = next((i for i, sliding in enumerate(cache.is_sliding) if sliding == is_sliding), 0)
+        window = sliding_window if is_sliding else None
+        masks[layer_type] = _additive_mask(tree, cache, layer_idx, window, padding_mask, target.dtype)
+    return masks
+
+
+def _additive_mask(
+    tree: DraftTree,
+    cache: Cache,
+    layer_idx: int,
+    window: int | None,
+    padding_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    depths, device = tree.depths, tree.tokens.device
+    past_length = cache.get_seq_length()
+    _, offset = cache.get_mask_sizes(tree.num_nodes, layer_idx)
+    past = torch.arange(offset, past_length, device=device)  # (kept past,)
+
+    sees_past = torch.ones(*depths.shape, past.numel(), dtype=torch.bool, device=device)
+    sees_node = tree.ancestors
+    if padding_mask is not None:
+        sees_past &= padding_mask[:, None, offset:past_length].bool().to(device)
+    if window is not None:
+        sees_past &= past_length + depths[..., None] - past < window
+        sees_node = sees_node & (depths[:, :, None] - depths[:, None, :] < window)
+    allowed = torch.cat([sees_past, sees_node], dim=-1)[:, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def keep_accepted(cache: Cache, path: torch.LongTensor, num_nodes: int) -> None:
+    """Shrink a cache that ends in a whole tree to the accepted path, in place.
+
+    Args:
+        cache: The target's cache after the tree's forward pass.
+        path: Indices of the accepted nodes in order, root first, of shape `(kept,)`.
+        num_nodes: Nodes of the tree.
+    """
+    kept = path.numel()
+    if not torch.equal(path, torch.arange(kept, device=path.device)):
+        for layer in cache.layers:
+            for states in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                if states is not None and states.numel():
+                    tail = states[..., -num_nodes:, :]
+                    tail[..., :kept, :] = tail[..., path.to(states.device), :]
+    # Also for 0 removed tokens: sliding layers cut back to their window here
+    cache.crop(kept - num_nodes)
+
+
+def stop_recording(cache: Cache) -> None:
+    """Undo `activate_past_recording`, so that a returned cache behaves as after plain decoding."""
+    for layer in cache.layers:
+        if hasattr(layer, "record_past"):
+            layer.record_past = False
+
+
+def hidden_states_of_path(layers: tuple[torch.Tensor, ...], path: torch.LongTensor) -> list[tuple[torch.Tensor, ...]]:
+    """Cut the hidden states of a tree into what plain decoding returns token by token.
+
+    Args:
+        layers: One tensor a layer, of shape `(batch, nodes, hidden)`.
+        path: Indices of the accepted nodes in order, root first, of shape `(kept,)`.
+
+    Returns:
+        For each accepted node a tuple over layers of shape `(batch, 1, hidden)`.
+    """
+    return [tuple(layer[:, node : node + 1] for layer in layers) for node in path.tolist()]
+
+
+def attentions_of_path(
+    layers: tuple[torch.Tensor, ...], path: torch.LongTensor, num_nodes: int, cache: Cache
+) -> list[tuple[torch.Tensor, ...]]:
+    """Cut the attentions of a tree into what plain decoding returns token by token.
+
+    Args:
+        layers: One tensor a layer, of shape `(batch, heads, nodes, kept past + nodes)`.
+        path: Indices of the accepted nodes in order, root first, of shape `(kept,)`.
+        num_nodes: Nodes of the tree.
+        cache: The target's cache, which knows the sliding windows.
+
+    Returns:
+        For each accepted node a tuple over layers of shape `(batch, heads, 1, keys)`.
+    """
+    steps = []
+    for step, node in enumerate(path.tolist()):
+        row = []
+        for attentions, cache_layer in zip(layers, cache.layers, strict=True):
+            num_past = attentions.shape[-1] - num_nodes
+            keys = torch.cat([torch.arange(num_past, device=path.device), num_past + path[: step + 1]])
+            if getattr(cache_layer, "is_sliding", False):
+                keys = keys[-cache_layer.sliding_window :]
+            row.append(attentions[:, :, node : node + 1, keys.to(attentions.device)])
+        steps.append(tuple(row))
+    return steps

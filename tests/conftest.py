@@ -1,0 +1,61 @@
+"""Tiny random targets and heads that every test can build in milliseconds."""
+
+import pytest
+import torch
+import transformers
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_threads():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+FAMILIES = {
+    "llama": lambda **kw: transformers.LlamaConfig(**{**SIZES, **kw}),
+    "qwen3": lambda **kw: transformers.Qwen3Config(**{**SIZES, "head_dim": 8, **kw}),
+    "gemma3": lambda **kw: transformers.Gemma3TextConfig(
+        **{
+            **SIZES,
+            "head_dim": 8,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            **kw,
+        }
+    ),
+    "gpt2": lambda **kw: transformers.GPT2Config(
+        **{"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, **kw}
+    ),
+    "mixtral": lambda **kw: transformers.MixtralConfig(
+        **{**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, **kw}
+    ),
+}
+
+
+def make_target(family: str = "llama", seed: int = 0, sharpness: float = 6.0, **overrides):
+    """A tiny random causal LM without special tokens; its logits are scaled so that greedy paths do not all collapse.
+
+    Args:
+        family: One of `FAMILIES`.
+        seed: Seed of the weights.
+        sharpness: Factor on the LM head's initial weights.
+        **overrides: Configuration fields.
+    """
+    torch.manual_seed(seed)
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = FAMILIES[family](**{**special, "initializer_range": 0.2, "tie_word_embeddings": False, **overrides})
+    target = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        target.get_output_embeddings().weight.mul_(sharpness / config.hidden_size**0.5)
+    target.generation_config.pad_token_id = 0
+    return target

@@ -1,0 +1,269 @@
+"""Trains an FSPAD head on the features of its target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fspad.target import LMHead, check_target, embed_tokens
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
+
+from .data import DataCollatorForFSPAD, prepare_dataset
+from .features import compute_features
+from .loss import AlignedBatch, align, counted_rows, feature_loss, logits_loss
+from .training_arguments import FSPADTrainingArguments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from datasets import Dataset
+    from fspad import FSPADModel
+    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
+    from transformers.trainer_utils import EvalLoopOutput
+
+
+class ClipGradientValues(TrainerCallback):
+    """Clips gradients by value, once they are reduced over devices and unscaled."""
+
+    def on_pre_optimizer_step(
+        self,
+        args: FSPADTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Clip right before the optimizer looks at the gradients."""
+        if args.max_grad_value is not None:
+            # Not the accelerator's method of that name, which raises under FSDP.
+            nn.utils.clip_grad_value_(model.parameters(), args.max_grad_value)
+
+
+class FSPADTrainer(Trainer):
+    """Trainer of an FSPAD head. The target runs beside it, is never changed, and never saved.
+
+    Checkpoints, resuming, mixed precision, distribution and progress are those of [`~transformers.Trainer`]. The log
+    lines have `feature_loss`, `logits_loss` and `accuracy` (share of rows whose most probable token is the target's)
+    beside the loss, all as sums over counted rows divided by their number.
+
+    Args:
+        model: The head. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16 weights.
+        target: The target, or its Hub id or path.
+        args: Training arguments.
+        train_dataset: Dialogues in any form that [`~fspad.trainer.data.prepare_dataset`] accepts. Rows with a
+            `features` column need no forward pass of the target.
+        eval_dataset: Dialogues to evaluate on, or a dict of such datasets.
+        processing_class: The target's tokenizer, for datasets with `messages`.
+        data_collator: By default a [`DataCollatorForFSPAD`].
+        **kwargs: As in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If the head does not fit the target, or a dataset has nothing to train on.
+    """
+
+    def __init__(
+        self,
+        model: FSPADModel,
+        target: PreTrainedModel | str,
+        args: FSPADTrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = FSPADTrainingArguments(output_dir="fspad-head")
+        if isinstance(target, str):
+            target = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+        check_target(model.config, target)
+        if getattr(target, "hf_device_map", None) is None:
+            target = target.to(args.device)
+        self.target = target.eval()
+
+        def prepare(dataset: Dataset) -> Dataset:
+            return prepare_dataset(dataset, processing_class, args.max_length)
+
+        with args.main_process_first(desc="preparing the datasets"):
+            if train_dataset is not None:
+                train_dataset = prepare(train_dataset)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = prepare(eval_dataset)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DataCollatorForFSPAD(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.add_callback(ClipGradientValues())
+        # `compute_loss` divides by the rows of the whole step. The first name is read from 5.19 on, the other before.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._lm_heads: tuple[LMHead, LMHead] | None = None
+        self._train_sums = self._zero_sums()
+        self._eval_sums = self._zero_sums()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of a batch: its sums over counted rows, divided by the counted rows of the whole optimizer step.
+
+        Args:
+            model: The head, as wrapped for training.
+            inputs: A batch of the data collator.
+            return_outputs: Whether to return the sums too.
+            num_items_in_batch: Counted rows of all batches of this optimizer step; by default those of this batch.
+
+        Returns:
+            The loss, and with `return_outputs` a dict with the summed losses, correct rows and counted rows.
+        """
+        batch = self._make_rows(inputs, is_training=model.training)
+        # Rows are causal and padded on the right, so no counted row can see padding and no mask is needed.
+        outputs = model(
+            features=batch.features, inputs_embeds=self._embed(batch.next_token_ids).to(batch.features.dtype)
+        )
+        labels = batch.label_features[batch.row_mask]
+        sum_feature_loss = feature_loss(outputs.regress[batch.row_mask], labels)
+        draft_head, target_head = self._get_lm_heads()
+        sum_logits_loss, correct = logits_loss(
+            outputs.predict[batch.row_mask],
+            labels,
+            draft_head,
+            target_head,
+            draft_vocab_ids=draft_head.token_ids,
+            chunk_size=self.args.logits_chunk_size,
+        )
+        rows = batch.row_mask.sum()
+        sums = torch.stack([value.detach().float() for value in (sum_feature_loss, sum_logits_loss, correct, rows)])
+        if model.training:
+            self._train_sums += sums
+
+        num_items = rows if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=rows.device)
+        loss = self.args.feature_loss_weight * sum_feature_loss + self.args.logits_loss_weight * sum_logits_loss
+        loss = loss / num_items.clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # Gradients are averaged over processes, but the rows were counted over all of them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"sums": sums}) if return_outputs else loss
+
+    def _make_rows(self, inputs: dict[str, torch.Tensor], is_training: bool) -> AlignedBatch:
+        features = inputs.get("features")
+        if features is None:
+            features = compute_features(self.target, inputs["input_ids"], inputs["attention_mask"])
+        # The head may be wrapped in autocast; its own weights say what goes in.
+        features = features.to(device=self.args.device, dtype=self.model.dtype)
+        batch = align(inputs["input_ids"], features, inputs["assistant_mask"])
+        if is_training and self.args.feature_noise:
+            # Of each dialogue's own length, so that a batch's padding does not change the noise. Labels stay clean.
+            lengths = inputs["attention_mask"].sum(dim=1)[:, None, None]
+            noise = torch.rand(batch.features.shape, device=features.device) - 0.5
+            batch.features = batch.features + (noise * (self.args.feature_noise * 512 / lengths)).to(features.dtype)
+        return batch
+
+    @torch.no_grad()
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return embed_tokens(self.target, token_ids).to(self.args.device)
+
+    def _get_lm_heads(self) -> tuple[LMHead, LMHead]:
+        """The target's LM head as the head scores with it, and over the full vocabulary."""
+        if self._lm_heads is None:
+            full = LMHead(self.target)
+            draft_vocab_ids = self.model.active_draft_vocab_ids
+            self._lm_heads = full if draft_vocab_ids is None else LMHead(self.target, draft_vocab_ids), full
+        return self._lm_heads
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        # The draft vocabulary is part of the checkpoint.
+        self._lm_heads = None
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
+    ) -> torch.Tensor | None:
+        if not batch_samples:
+            return None
+        rows = sum(counted_rows(batch["assistant_mask"]).sum() for batch in batch_samples).to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            rows = self.accelerator.gather(rows).sum()
+        return rows
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        """Evaluate one batch.
+
+        Args:
+            model: The head.
+            inputs: A batch of the data collator.
+            prediction_loss_only: Without effect: logits over the vocabulary are never kept.
+            ignore_keys: Without effect.
+
+        Returns:
+            The loss, and twice `None` for logits and labels.
+        """
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        self._eval_sums += outputs["sums"]
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate a whole dataset; every metric is a sum over rows divided by their number."""
+        self._eval_sums.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._averages(self._eval_sums)
+        metrics["loss"] = (
+            self.args.feature_loss_weight * metrics["feature_loss"]
+            + self.args.logits_loss_weight * metrics["logits_loss"]
+        )
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and add the parts of the training loss since the last log line.
+
+        Args:
+            logs: The values to log.
+            start_time: When training started.
+        """
+        if "loss" in logs:
+            logs.update(self._averages(self._train_sums))
+            self._train_sums.zero_()
+        super().log(logs, start_time)
+
+    def _zero_sums(self) -> torch.Tensor:
+        return torch.zeros(4, device=self.args.device)
+
+    def _averages(self, sums: torch.Tensor) -> dict[str, float]:
+        sum_feature_loss, sum_logits_loss, correct, rows = self.accelerator.reduce(sums.clone(), "sum").tolist()
+        rows = max(1.0, rows)
+        return {
+            "feature_loss": sum_feature_loss / rows,
+            "logits_loss": sum_logits_loss / rows,
+            "accuracy": correct / rows,
+        }
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "features", "length"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # A head has no tokenizer of its own: the target's must not be saved beside it.
+        processing_class, self.processing_class = self.processing_class, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.processing_class = processing_class

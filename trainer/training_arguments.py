@@ -1,0 +1,57 @@
+"""Arguments of [`FSPADTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class FSPADTrainingArguments(TrainingArguments):
+    """Arguments of [`FSPADTrainer`]. The defaults are the values of the paper (arXiv 2408.15562).
+
+    Only what differs from [`~transformers.TrainingArguments`] is listed.
+
+    Args:
+        learning_rate: Initial learning rate of AdamW.
+        adam_beta2: Second beta of AdamW.
+        warmup_steps: Steps of linear warm-up.
+        num_train_epochs: Passes over the dataset.
+        max_grad_norm: Gradient norm clipping; off, because gradients are clipped by value.
+        max_grad_value: Largest absolute value of a gradient's element; `None` turns it off.
+        remove_unused_columns: Must stay `False`: the columns belong to the data collator, not to the head's `forward`.
+        max_length: Dialogues are cut to this many tokens.
+        feature_loss_weight: Weight of the regression of the target's features.
+        logits_loss_weight: Weight of the soft cross-entropy against the target's distribution.
+        feature_noise: Width of the uniform noise on the input features at 512 tokens; it shrinks as `1 / length`.
+        logits_chunk_size: Positions whose logits over the vocabulary are held in memory at once.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    warmup_steps: float = field(
+        default=2000, metadata={"help": "Steps of linear warm-up; a value below 1 is a share of all steps."}
+    )
+    num_train_epochs: float = field(default=20.0, metadata={"help": "Passes over the dataset."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Gradient norm clipping; off, because gradients are clipped by value."}
+    )
+    max_grad_value: float | None = field(
+        default=0.5, metadata={"help": "Largest absolute value of a gradient's element; None turns it off."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the columns belong to the data collator, not to `forward`."}
+    )
+    max_length: int = field(default=2048, metadata={"help": "Dialogues are cut to this many tokens."})
+    feature_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the regression of the target's features."}
+    )
+    logits_loss_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the soft cross-entropy against the target's distribution."}
+    )
+    feature_noise: float = field(
+        default=0.2,
+        metadata={"help": "Width of the uniform noise on the input features at 512 tokens; it shrinks as 1/length."},
+    )
+    logits_chunk_size: int = field(
+        default=128, metadata={"help": "Positions whose logits over the vocabulary are held in memory at once."}
+    )
