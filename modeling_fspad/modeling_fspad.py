@@ -144,6 +144,30 @@ class FSPADModel(FSPADGenerationMixin, PreTrainedModel):
         head = cls(config).to(device=target.get_output_embeddings().weight.device)
         return head.to(dtype=target.dtype).eval()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> FSPADModel:
+        """Load a head, all of it: a head with random parts would still be lossless, and never show what is wrong.
+
+        Args:
+            *args: As in [`~transformers.PreTrainedModel.from_pretrained`].
+            output_loading_info: Whether to return the loading report as well.
+            **kwargs: As in [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Returns:
+            The head, or the head and the report.
+
+        Raises:
+            ValueError: If the checkpoint lacks weights, or holds some that the head has no place for.
+        """
+        head, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        if missing or unknown:
+            raise ValueError(
+                f"the checkpoint does not match its config.json: missing weights {missing}, unknown weights {unknown}. "
+                "Download it again, or convert checkpoints of other implementations with `fspad convert`."
+            )
+        return (head, report) if output_loading_info else head
+
     def forward(
         self,
         features: torch.Tensor,

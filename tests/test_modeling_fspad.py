@@ -1,0 +1,152 @@
+import pytest
+import torch
+from conftest import make_target
+from fspad.target import embed_tokens
+from goldens import VARIANTS, load_golden
+from transformers import AutoConfig, AutoModel, LlamaConfig
+
+from fspad import FSPADConfig, FSPADModel
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_predictions_are_those_of_the_original(variant, attention):
+    golden = load_golden(variant)
+    golden.head.set_attn_implementation(attention)
+    embeds = embed_tokens(golden.target, golden.tensors["input_ids"][:, 1:])
+    output = golden.head(features=golden.tensors["features"], inputs_embeds=embeds)
+    torch.testing.assert_close(output.predict, golden.tensors["predict"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.regress, golden.tensors["regress"], atol=1e-5, rtol=0)
+    assert (output.predict is output.regress) == (golden.metadata["partial_alignment"] == "False")
+
+
+@torch.no_grad()
+def test_cache_continues_a_sequence():
+    head = FSPADModel.from_target(make_target())
+    features, embeds = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
+    whole = head(features=features, inputs_embeds=embeds)
+    assert whole.past_key_values is None
+    first = head(features=features[:, :5], inputs_embeds=embeds[:, :5], use_cache=True)
+    rest = head(features=features[:, 5:], inputs_embeds=embeds[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.predict, rest.predict], dim=1), whole.predict, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_is_invisible():
+    head = FSPADModel.from_target(make_target())
+    features, embeds = torch.randn(1, 6, 32), torch.randn(1, 6, 32)
+    alone = head(features=features[:, 2:], inputs_embeds=embeds[:, 2:])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    padded = head(
+        features=features,
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+    )
+    torch.testing.assert_close(padded.regress[:, 2:], alone.regress, atol=1e-5, rtol=0)
+
+
+def test_wrong_shapes_are_named():
+    head = FSPADModel.from_target(make_target())
+    with pytest.raises(ValueError, match=r"shape \(batch, length, 32\), got \(1, 4, 16\)"):
+        head(features=torch.randn(1, 4, 16), inputs_embeds=torch.randn(1, 4, 16))
+    with pytest.raises(ValueError, match=r"\(1, 4, 32\) and \(1, 5, 32\)"):
+        head(features=torch.randn(1, 4, 32), inputs_embeds=torch.randn(1, 5, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", [(True, True), (True, False), (False, True), (False, False)])
+def test_save_and_load(tmp_path, variant, dtype):
+    feature_sampling, partial_alignment = variant
+    target = make_target().to(dtype)
+    config = FSPADConfig.from_target(
+        target.config, feature_sampling=feature_sampling, partial_alignment=partial_alignment, draft_vocab_size=9
+    )
+    head = FSPADModel.from_target(target, config)
+    assert head.dtype == dtype
+    head.set_draft_vocabulary(torch.tensor([5, 1, 2, 3, 4, 6, 7, 8, 96]))
+    head.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is FSPADModel
+    assert loaded.dtype == dtype
+    assert loaded.config.feature_sampling == feature_sampling
+    state_dict = head.state_dict()
+    assert not any("embed_tokens" in name or "lm_head" in name for name in state_dict)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, state_dict[name]), name
+
+
+def test_a_lowered_draft_vocabulary_is_what_gets_saved(tmp_path):
+    target = make_target()
+    head = FSPADModel.from_target(target, FSPADConfig.from_target(target.config, draft_vocab_size=9))
+    head.config.draft_vocab_size = 4
+    head.save_pretrained(tmp_path / "four")
+    assert AutoModel.from_pretrained(tmp_path / "four").active_draft_vocab_ids.tolist() == [0, 1, 2, 3]
+    head.config.draft_vocab_size = None
+    head.save_pretrained(tmp_path / "all")
+    assert AutoModel.from_pretrained(tmp_path / "all").active_draft_vocab_ids is None
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [([1, 1, 2], "2 of them distinct"), ([0, 97], "from 0 to 97"), ([-1, 3], "from -1 to 3")],
+)
+def test_bad_draft_vocabularies_are_refused(token_ids, message):
+    head = FSPADModel.from_target(make_target())
+    with pytest.raises(ValueError, match=message):
+        head.set_draft_vocabulary(torch.tensor(token_ids))
+
+
+def test_missing_and_truncated_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    head = FSPADModel.from_target(make_target())
+    head.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Exception, match="(?i)incomplete|safetensor"):
+        FSPADModel.from_pretrained(tmp_path)
+
+    file.write_bytes(whole)
+    weights = load_file(file)
+    del weights["layer.mlp.down_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing weights \['layer\.mlp\.down_proj\.weight'\]"):
+        FSPADModel.from_pretrained(tmp_path)
+
+    weights = load_file(file)
+    weights["layer.mlp.down_proj.weight"] = head.layer.mlp.down_proj.weight.detach()
+    weights["lm_head.weight"] = torch.zeros(3, 3)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unknown weights \['lm_head\.weight'\]"):
+        FSPADModel.from_pretrained(tmp_path)
+
+    file.unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        FSPADModel.from_pretrained(tmp_path)
+
+
+def test_rope_scaling_of_the_target_is_used():
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    target = make_target(rope_parameters=rope)
+    head = FSPADModel.from_target(target)
+    assert head.config.rope_parameters == target.config.rope_parameters
+    torch.testing.assert_close(head.rotary_emb.inv_freq, target.model.rotary_emb.inv_freq)
+    plain = FSPADModel.from_target(make_target())
+    assert not torch.equal(head.rotary_emb.inv_freq, plain.rotary_emb.inv_freq)
+
+
+def test_head_is_registered_with_the_auto_classes():
+    assert AutoConfig.for_model("fspad").__class__ is FSPADConfig
+    config = FSPADConfig.from_target(LlamaConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=64))
+    assert type(AutoModel.from_config(config)) is FSPADModel
