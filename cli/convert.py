@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from fspad import FSPADConfig, FSPADModel
+
+from .smollm2 import quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,7 +49,8 @@ def convert_checkpoint(source: Path, destination: Path, target: str) -> FSPADMod
         raise FileExistsError(f"{destination} exists already: name a new or empty folder")
     source_config = load_source_config(source)
     head = convert_state_dict(load_weights(source), source_config, AutoConfig.from_pretrained(target))
-    head.save_pretrained(destination)
+    with quiet_loading():
+        head.save_pretrained(destination)
     return head
 
 

@@ -7,12 +7,13 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fspad
 import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+import fspad
 
 from .loading import encode, find_shipped_head, load_head, load_target, read_prompts
 from .measuring import Comparison, compare, total

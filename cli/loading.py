@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fspad
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import fspad
 
 from .smollm2 import load_smollm2, quiet_loading
 
@@ -68,10 +69,16 @@ def load_head(name_or_path: str, dtype: torch.dtype) -> fspad.FSPADModel:
         The head in evaluation mode.
 
     Raises:
-        ValueError: If it is another kind of model.
+        ValueError: If there is no model, or another kind of model.
     """
-    with quiet_loading():
-        head = AutoModel.from_pretrained(name_or_path, dtype=dtype)
+    try:
+        with quiet_loading():
+            head = AutoModel.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no head could be loaded from {name_or_path!r}: expected a folder that `save_pretrained` wrote, or a Hub id. "
+            f"transformers says: {error}"
+        ) from error
     if not isinstance(head, fspad.FSPADModel):
         raise ValueError(
             f"expected an FSPAD head (model_type 'fspad'), got {head.config.model_type!r}: {name_or_path}"

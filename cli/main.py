@@ -104,9 +104,11 @@ def convert(
 def train(context: typer.Context) -> None:
     """Train a head."""
     with one_line_errors():
-        from .train import run_training
+        from .train import make_trainer, run_training
 
-        run_training(context.args)
+        trainer = make_trainer(context.args)
+    # Outside: an error in the middle of a training needs its traceback.
+    run_training(trainer)
 
 
 @app.command()
@@ -131,6 +133,7 @@ def synthesize(
     """Let a target answer prompts, to train a head on what the target itself writes."""
     with one_line_errors():
         import torch
+
         from fspad.trainer.synthesize import synthesize as write_dialogues
 
         from .loading import load_target, read_prompts

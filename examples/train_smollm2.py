@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+
 from fspad import FSPADConfig, FSPADModel
 from fspad.cli.smollm2 import load_smollm2
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
 from fspad.trainer.data import count_token_frequencies, most_frequent_tokens, prepare_dataset
 from fspad.trainer.features import add_features
 from fspad.trainer.synthesize import synthesize
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -57,6 +58,7 @@ class TrainingArguments(FSPADTrainingArguments):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Dialogues in a batch."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Dialogues in an evaluation batch."})
     train_sampling_strategy: str = field(default="group_by_length", metadata={"help": "Wastes little on padding."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     report_to: str = field(default="none", metadata={"help": "Where to send the log to."})

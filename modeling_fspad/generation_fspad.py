@@ -185,9 +185,7 @@ def check_inputs(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> N
         raise ValueError("the prompt is empty: expected at least one token, e.g. the target's bos token, got none.")
 
 
-def drafting_knobs(
-    config: FSPADConfig, generation_config: GenerationConfig, mode: VerificationMode
-) -> DraftingKnobs:
+def drafting_knobs(config: FSPADConfig, generation_config: GenerationConfig, mode: VerificationMode) -> DraftingKnobs:
     """The size of drafts for one call.
 
     `generate(num_assistant_tokens=..., assistant_confidence_threshold=...)` overrule the head's configuration. The

@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput
 from .configuration_fspad import FSPADConfig
 from .generation_fspad import FSPADGenerationMixin
 from .hook import install_hook
+from .target import check_target
 
 
 @dataclass
@@ -58,6 +59,7 @@ class GatedMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, gate: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, length, hidden)` to `(batch, length, output_size)`; `gate` has the shape of `hidden_states`."""
         return self.down_proj(self.act_fn(self.gate_proj(gate)) * self.up_proj(hidden_states))
 
 
@@ -73,6 +75,7 @@ class FeatureSampling(nn.Module):
         self.is_gated = config.feature_sampling
 
     def forward(self, inputs_embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Fuse token embeddings and features, of shape `(batch, length, hidden)` each, into one of the same shape."""
         hidden_states = self.fc(torch.cat([inputs_embeds, features], dim=-1))  # (batch, length, hidden)
         if self.is_gated:
             hidden_states = hidden_states + self.mlp(inputs_embeds, self.norm(hidden_states))
@@ -90,6 +93,7 @@ class PartialAlignmentLayer(nn.Module):
         self.mlp = GatedMLP(config, self.num_outputs * config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, **attention_kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map `(batch, length, hidden)` to `predict` and `regress` of the same shape."""
         attention_output, _ = self.self_attn(hidden_states, **attention_kwargs)
         hidden_states = hidden_states + attention_output
         normed = self.post_attention_layernorm(hidden_states)
@@ -137,8 +141,6 @@ class FSPADModel(FSPADGenerationMixin, PreTrainedModel):
         Raises:
             ValueError: If `config` does not fit the target, or the target is an encoder-decoder model.
         """
-        from .target import check_target
-
         config = FSPADConfig.from_target(target.config) if config is None else config
         check_target(config, target)
         head = cls(config).to(device=target.get_output_embeddings().weight.device)

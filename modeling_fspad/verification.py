@@ -78,9 +78,7 @@ class Acceptance:
     is_done: bool
 
 
-def accept(
-    tree: DraftTree, logits: torch.Tensor, input_ids: torch.LongTensor, chooser: TokenChooser
-) -> Acceptance:
+def accept(tree: DraftTree, logits: torch.Tensor, input_ids: torch.LongTensor, chooser: TokenChooser) -> Acceptance:
     """Walk down the tree from the root while the target chooses tokens that were drafted.
 
     The first token that no child carries is emitted as well: it is the target's own choice (the bonus token).

@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers
 
+import fspad
+
 
 @pytest.fixture(autouse=True)
 def _seed_and_threads():
@@ -59,3 +61,16 @@ def make_target(family: str = "llama", seed: int = 0, sharpness: float = 6.0, **
         target.get_output_embeddings().weight.mul_(sharpness / config.hidden_size**0.5)
     target.generation_config.pad_token_id = 0
     return target
+
+
+def make_head(target, seed: int = 0, **overrides):
+    """A random head for a target, with weights large enough to have opinions.
+
+    Args:
+        target: The target.
+        seed: Seed of the weights.
+        **overrides: Configuration fields.
+    """
+    torch.manual_seed(seed)
+    config = fspad.FSPADConfig.from_target(target.config, **{"initializer_range": 0.2, **overrides})
+    return fspad.FSPADModel.from_target(target, config)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from fspad.cli.convert import convert_state_dict
 from safetensors import safe_open
 
 import fspad
+from fspad.cli.convert import convert_state_dict
 
 VARIANTS = ("fspad", "no_feature_sampling", "no_partial_alignment", "eagle")
 
@@ -39,9 +39,7 @@ def load_golden(variant: str) -> Golden:
         rope_parameters={"rope_type": "default", "rope_theta": float(metadata["rope_theta"])},
     )
     state_dict = {
-        name.removeprefix("state_dict."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("state_dict.")
+        name.removeprefix("state_dict."): tensor for name, tensor in tensors.items() if name.startswith("state_dict.")
     }
     head = convert_state_dict(state_dict, config, config)
     target = transformers.LlamaForCausalLM(config).eval()

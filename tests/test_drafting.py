@@ -1,11 +1,11 @@
 import pytest
 import torch
 from conftest import make_target
-from fspad.drafting import Drafter, DraftingKnobs
-from fspad.target import embed_tokens
 from goldens import VARIANTS, load_golden
 
 import fspad
+from fspad.drafting import Drafter, DraftingKnobs
+from fspad.target import embed_tokens
 
 
 def draft_golden(golden, dtype, num_first_rows=None):

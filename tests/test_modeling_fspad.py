@@ -1,11 +1,11 @@
 import pytest
 import torch
 from conftest import make_target
-from fspad.target import embed_tokens
 from goldens import VARIANTS, load_golden
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from fspad import FSPADConfig, FSPADModel
+from fspad.target import embed_tokens
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -107,7 +107,7 @@ def test_missing_and_truncated_weights_are_refused(tmp_path):
     whole = file.read_bytes()
 
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Exception, match="(?i)incomplete|safetensor"):
+    with pytest.raises(Exception, match=r"(?i)incomplete|safetensor"):
         FSPADModel.from_pretrained(tmp_path)
 
     file.write_bytes(whole)

@@ -1,4 +1,5 @@
 import torch
+
 from fspad.tree import DraftedNodes, DraftTree
 
 

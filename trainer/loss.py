@@ -34,6 +34,17 @@ class AlignedBatch:
     label_features: torch.Tensor
     row_mask: torch.Tensor
 
+    def at_labels(self, values: torch.Tensor) -> torch.Tensor:
+        """Pick values of the counted rows' labels.
+
+        Args:
+            values: One value for each token, of shape `(batch, length, ...)`.
+
+        Returns:
+            The values that belong to f_{i+1} in the rows that count, of shape `(rows, ...)`.
+        """
+        return values[:, 1:-1][self.row_mask]
+
 
 def counted_rows(assistant_mask: torch.Tensor) -> torch.Tensor:
     """Which rows count: those whose two next tokens are both the assistant's.
@@ -94,48 +105,75 @@ def feature_loss(regress: torch.Tensor, label_features: torch.Tensor) -> torch.T
     return distance.mean(dim=-1).sum()
 
 
-def logits_loss(
-    predict: torch.Tensor,
-    label_features: torch.Tensor,
-    draft_head: Callable[[torch.Tensor], torch.Tensor],
-    target_head: Callable[[torch.Tensor], torch.Tensor],
-    draft_vocab_ids: torch.Tensor | None = None,
-    chunk_size: int = 128,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Soft cross-entropy of the draft's distribution against the target's, summed over rows.
+@dataclass
+class SoftLabels:
+    """The target's distribution in the counted rows, made for a few rows at a time.
 
-    With a draft vocabulary the target's probabilities are those of the full vocabulary, not renormalised: a row
-    weighs as much as the probability that the target gives to the tokens the head can draft at all.
+    With a draft vocabulary the probabilities are those of the full vocabulary, not renormalised: a row weighs as much
+    as the probability that the target gives to the tokens the head can draft at all.
+
+    Args:
+        features: Label features of the counted rows, of shape `(rows, hidden)`.
+        target_head: From features to logits over the full vocabulary.
+        draft_head: From features to logits over the draft vocabulary; `target_head` itself without one.
+        draft_vocab_ids: Token ids that `draft_head` scores, of shape `(draft_vocab,)`; `None` for all.
+        log_normalizers: `logsumexp` of the full logits of each row, of shape `(rows,)`, if known beforehand. Then no
+            logits over the full vocabulary are made.
+        best_token_ids: The target's most probable token of each row, of shape `(rows,)`, if known beforehand.
+    """
+
+    features: torch.Tensor
+    target_head: Callable[[torch.Tensor], torch.Tensor]
+    draft_head: Callable[[torch.Tensor], torch.Tensor]
+    draft_vocab_ids: torch.Tensor | None = None
+    log_normalizers: torch.Tensor | None = None
+    best_token_ids: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def __getitem__(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities over the draft vocabulary `(rows, draft_vocab)` and most probable tokens `(rows,)`."""
+        if self.log_normalizers is not None and self.best_token_ids is not None:
+            logits = _at_least_fp32(self.draft_head(self.features[rows]))
+            return (logits - self.log_normalizers[rows, None].to(logits.device)).exp_(), self.best_token_ids[rows]
+        log_normalizers, best_token_ids, logits = summarize_logits(self.target_head(self.features[rows]))
+        if self.draft_vocab_ids is not None:
+            logits = logits.index_select(-1, self.draft_vocab_ids)
+        return (logits - log_normalizers[:, None]).exp_(), best_token_ids
+
+
+def summarize_logits(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reduce logits over the full vocabulary to what the loss needs of them beside the draft vocabulary's.
+
+    Args:
+        logits: Logits of shape `(rows, vocab)`.
+
+    Returns:
+        Their `logsumexp` and most probable tokens, of shape `(rows,)` each, and the logits in at least fp32.
+    """
+    logits = _at_least_fp32(logits)
+    return logits.logsumexp(dim=-1), logits.argmax(dim=-1), logits
+
+
+def logits_loss(predict: torch.Tensor, labels: SoftLabels, chunk_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft cross-entropy of the draft's distribution against the target's, summed over rows.
 
     Never more than `chunk_size` rows of logits exist at once; the gradient of each chunk is formed with its loss.
 
     Args:
         predict: Predictions of the counted rows, of shape `(rows, hidden)`.
-        label_features: Features whose logits are the soft labels, of shape `(rows, hidden)`.
-        draft_head: From features to logits over the draft vocabulary.
-        target_head: From features to logits over the full vocabulary; the same callable as `draft_head` without a
-            draft vocabulary.
-        draft_vocab_ids: Token ids that `draft_head` scores, of shape `(draft_vocab,)`; `None` for all.
+        labels: Labels of the same rows, with the LM heads.
         chunk_size: Rows at once.
 
     Returns:
         The loss, a scalar in at least fp32, and the number of rows where both have the same most probable token.
     """
-    return _ChunkedSoftCrossEntropy.apply(
-        predict, label_features, draft_head, target_head, draft_vocab_ids, chunk_size
-    )
+    return _ChunkedSoftCrossEntropy.apply(predict, labels, chunk_size)
 
 
 class _ChunkedSoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        predict: torch.Tensor,
-        label_features: torch.Tensor,
-        draft_head: Callable[[torch.Tensor], torch.Tensor],
-        target_head: Callable[[torch.Tensor], torch.Tensor],
-        draft_vocab_ids: torch.Tensor | None,
-        chunk_size: int,
+        ctx: Any, predict: torch.Tensor, labels: SoftLabels, chunk_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(predict) if needs_gradient else None
@@ -145,52 +183,27 @@ class _ChunkedSoftCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             chunk = predict[rows].detach().requires_grad_(needs_gradient)
             with torch.set_grad_enabled(needs_gradient):
-                draft_logits = draft_head(chunk)
-            target_logits = target_head(label_features[rows])
-            chunk_loss, logits_gradient, chunk_correct = _soft_cross_entropy(
-                draft_logits.detach(), target_logits, draft_vocab_ids, needs_gradient
-            )
+                logits = labels.draft_head(chunk)
+            target_probs, target_best = labels[rows]
+            log_probs = F.log_softmax(_at_least_fp32(logits.detach()), dim=-1)  # (rows, draft vocab)
+            best = log_probs.argmax(dim=-1)
+            if labels.draft_vocab_ids is not None:
+                best = labels.draft_vocab_ids[best]
+            correct += (best == target_best.to(best.device)).sum().to(correct.device)
+            loss -= torch.dot(target_probs.flatten(), log_probs.flatten()).to(loss.device)
             if gradient is not None:
+                mass = target_probs.sum(dim=-1, keepdim=True)
+                logits_gradient = log_probs.exp_().mul_(mass).sub_(target_probs).to(logits.dtype)
                 # Through the LM head by autograd, so that any of them, with its scale and soft cap, is right.
-                (gradient[rows],) = torch.autograd.grad(draft_logits, chunk, logits_gradient)
-            loss += chunk_loss.to(loss.device)
-            correct += chunk_correct.to(correct.device)
+                (gradient[rows],) = torch.autograd.grad(logits, chunk, logits_gradient)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, loss_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None, None, None, None
-
-
-def _soft_cross_entropy(
-    draft_logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    draft_vocab_ids: torch.Tensor | None,
-    needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Loss, its gradient with respect to the draft's logits, and the number of rows with the same best token."""
-    logits_dtype = draft_logits.dtype
-    target_logits = _at_least_fp32(target_logits)
-    target_best = target_logits.argmax(dim=-1)
-    normaliser = target_logits.logsumexp(dim=-1, keepdim=True)
-    if draft_vocab_ids is not None:
-        target_logits = target_logits.index_select(-1, draft_vocab_ids)
-    target_probs = target_logits.sub(normaliser).exp_()  # (rows, draft vocab)
-
-    draft_log_probs = F.log_softmax(_at_least_fp32(draft_logits), dim=-1)
-    draft_best = draft_log_probs.argmax(dim=-1)
-    if draft_vocab_ids is not None:
-        draft_best = draft_vocab_ids[draft_best]
-    loss = -torch.dot(target_probs.flatten(), draft_log_probs.flatten())
-    correct = (draft_best == target_best).sum()
-    if not needs_gradient:
-        return loss, None, correct
-    mass = target_probs.sum(dim=-1, keepdim=True)
-    logits_gradient = draft_log_probs.exp_().mul_(mass).sub_(target_probs)
-    return loss, logits_gradient.to(logits_dtype), correct
+        return gradient * loss_gradient.to(gradient.dtype), None, None
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

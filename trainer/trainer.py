@@ -5,22 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fspad.target import LMHead, check_target, embed_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
-from .data import DataCollatorForFSPAD, prepare_dataset
+from fspad.target import LMHead, check_target, embed_tokens
+
+from .data import PRECOMPUTED, DataCollatorForFSPAD, prepare_dataset
 from .features import compute_features
-from .loss import AlignedBatch, align, counted_rows, feature_loss, logits_loss
+from .loss import AlignedBatch, SoftLabels, align, counted_rows, feature_loss, logits_loss
 from .training_arguments import FSPADTrainingArguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from datasets import Dataset
-    from fspad import FSPADModel
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
     from transformers.trainer_utils import EvalLoopOutput
+
+    from fspad import FSPADModel
 
 
 class ClipGradientValues(TrainerCallback):
@@ -133,16 +135,10 @@ class FSPADTrainer(Trainer):
         outputs = model(
             features=batch.features, inputs_embeds=self._embed(batch.next_token_ids).to(batch.features.dtype)
         )
-        labels = batch.label_features[batch.row_mask]
-        sum_feature_loss = feature_loss(outputs.regress[batch.row_mask], labels)
-        draft_head, target_head = self._get_lm_heads()
+        labels = self._make_labels(batch, inputs)
+        sum_feature_loss = feature_loss(outputs.regress[batch.row_mask], labels.features)
         sum_logits_loss, correct = logits_loss(
-            outputs.predict[batch.row_mask],
-            labels,
-            draft_head,
-            target_head,
-            draft_vocab_ids=draft_head.token_ids,
-            chunk_size=self.args.logits_chunk_size,
+            outputs.predict[batch.row_mask], labels, chunk_size=self.args.logits_chunk_size
         )
         rows = batch.row_mask.sum()
         sums = torch.stack([value.detach().float() for value in (sum_feature_loss, sum_logits_loss, correct, rows)])
@@ -170,6 +166,19 @@ class FSPADTrainer(Trainer):
             noise = torch.rand(batch.features.shape, device=features.device) - 0.5
             batch.features = batch.features + (noise * (self.args.feature_noise * 512 / lengths)).to(features.dtype)
         return batch
+
+    def _make_labels(self, batch: AlignedBatch, inputs: dict[str, torch.Tensor]) -> SoftLabels:
+        draft_head, target_head = self._get_lm_heads()
+        known = {
+            name: batch.at_labels(inputs[name]) for name in ("log_normalizers", "best_token_ids") if name in inputs
+        }
+        return SoftLabels(
+            features=batch.label_features[batch.row_mask],
+            target_head=target_head,
+            draft_head=draft_head,
+            draft_vocab_ids=draft_head.token_ids,
+            **known,
+        )
 
     @torch.no_grad()
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -258,7 +267,7 @@ class FSPADTrainer(Trainer):
         }
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "features", "length"]
+        self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "length", *PRECOMPUTED]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # A head has no tokenizer of its own: the target's must not be saved beside it.

@@ -1,0 +1,28 @@
+"""SmolLM2 answers one question plain and with its FSPAD head: the same text, in fewer steps of the target."""
+
+import time
+from pathlib import Path
+
+from transformers import AutoModel
+
+import fspad  # noqa: F401  # lets AutoModel and `generate` know FSPAD heads
+from fspad.cli.smollm2 import load_smollm2
+
+target, tokenizer = load_smollm2()
+head = AutoModel.from_pretrained(Path(__file__).parent / "heads" / "smollm2-135m-instruct", dtype=target.dtype)
+
+messages = [{"role": "user", "content": "Why do leaves change their colour in autumn?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+options = {"max_new_tokens": 128, "do_sample": False, "return_dict_in_generate": True}
+
+target.generate(**inputs, **options | {"max_new_tokens": 8})  # warm-up
+start = time.perf_counter()
+plain = target.generate(**inputs, **options)
+middle = time.perf_counter()
+assisted = target.generate(**inputs, **options, assistant_model=head)
+end = time.perf_counter()
+
+assert assisted.sequences.equal(plain.sequences)
+print(tokenizer.decode(assisted.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+tau = assisted.accept_lengths.sum() / len(assisted.accept_lengths)
+print(f"\ntau {tau:.2f}; plain {middle - start:.1f} s, with the head {end - middle:.1f} s")

@@ -1,0 +1,230 @@
+"""The command line, end to end on tiny models."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_target
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import fspad
+from fspad.cli import app
+from fspad.cli.demo import results_table
+from fspad.cli.loading import encode, read_prompts
+from fspad.cli.measuring import Answer, Comparison, compare, total
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {% generation %}{{ m['content'] }}{% endgeneration %} ; {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def plain(text: str) -> str:
+    """Text without colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    """Folders of a tiny target with a tokenizer, and of a head for it."""
+    words = ["<unk>", "<eos>", "user", "assistant", ":", ";"]
+    vocab = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(97 - len(words)))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    fast.chat_template = TEMPLATE
+    target = make_target()
+    fast.save_pretrained(tmp_path / "target")
+    target.save_pretrained(tmp_path / "target")
+    fspad.FSPADModel.from_target(target).save_pretrained(tmp_path / "head")
+    return tmp_path / "target", tmp_path / "head"
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"w1 w{i} w7"}) + "\n" for i in range(4)))
+    return path
+
+
+@pytest.mark.parametrize("command", ["demo", "convert", "train", "synthesize"])
+def test_every_command_has_help(command):
+    assert command in run("--help").output
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "--target" in plain(result.output)
+
+
+def test_help_of_train_lists_the_training_arguments():
+    output = plain(run("train", "--help").output)
+    assert all(name in output for name in ("--draft_vocab_size", "--learning_rate", "--feature_loss_weight"))
+
+
+def test_demo_answers_are_identical_and_measured(pair, prompts):
+    target, head = pair
+    options = ("--prompts", prompts, "--num-prompts", 2, "--max-new-tokens", 12)
+    result = run("demo", "--head", head, "--target", target, *options)
+    assert result.exit_code == 0, result.output
+    output = plain(result.output)
+    assert output.count("plain and FSPAD: identical") == 2
+    assert "float32" in output
+    assert "tau" in output
+
+
+def test_demo_samples_with_a_temperature(pair, prompts):
+    target, head = pair
+    options = ("--prompts", prompts, "--num-prompts", 1, "--max-new-tokens", 12, "--temperature", 0.8)
+    result = run("demo", "--head", head, "--target", target, *options)
+    assert result.exit_code == 0, result.output
+    assert "identical" in result.output
+
+
+@pytest.mark.parametrize(("dtype", "exit_code"), [("float32", 1), ("bfloat16", 0)])
+def test_demo_fails_on_a_difference_only_in_float32(dtype, exit_code, pair, prompts, monkeypatch):
+    target, head = pair
+    stock = fspad.cli.demo.compare
+
+    def compare_wrongly(*args):
+        comparisons = stock(*args)
+        comparisons[0].assisted[0].token_ids[-1] = 9
+        comparisons[0].plain[0].token_ids[-1] = 8
+        return comparisons
+
+    monkeypatch.setattr(fspad.cli.demo, "compare", compare_wrongly)
+    options = ("--prompts", prompts, "--num-prompts", 1, "--max-new-tokens", 6, "--dtype", dtype)
+    result = run("demo", "--head", head, "--target", target, *options)
+    assert result.exit_code == exit_code
+    assert "--- plain" in result.output
+    assert ("near-ties" in result.output) == (dtype == "bfloat16")
+
+
+def test_demo_without_a_head_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(fspad, "__file__", str(tmp_path / "site-packages" / "fspad" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    result = run("demo")
+    assert result.exit_code == 1
+    assert "--head PATH_OR_ID" in plain(result.output)
+
+
+def test_demo_finds_the_head_of_the_checkout_it_is_run_in(pair, prompts, monkeypatch, tmp_path):
+    target, head = pair
+    shutil.copytree(head, tmp_path / "examples" / "heads" / "smollm2-135m-instruct")
+    monkeypatch.setattr(fspad, "__file__", str(tmp_path / "site-packages" / "fspad" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    result = run("demo", "--target", target, "--prompts", prompts, "--num-prompts", 1, "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+
+
+def test_demo_refuses_another_kind_of_head(pair):
+    target, _ = pair
+    result = run("demo", "--head", target, "--target", target)
+    assert result.exit_code == 1
+    assert "'llama'" in result.output
+
+
+def test_demo_says_where_it_looked_for_a_head(tmp_path):
+    result = run("demo", "--head", tmp_path / "missing")
+    assert result.exit_code == 1
+    assert "no head could be loaded" in plain(result.output)
+    assert str(tmp_path / "missing") in result.output
+
+
+def test_train_without_its_extra_is_one_line(monkeypatch):
+    stock = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else stock(name))
+    result = run("train", "--help")
+    assert result.exit_code == 1
+    assert result.output.strip() == 'Error: training needs datasets: `pip install "fspad[train]"`'
+
+
+def test_synthesize_then_train_then_demo(pair, prompts, tmp_path):
+    target, _ = pair
+    dialogues, trained = tmp_path / "dialogues.jsonl", tmp_path / "trained"
+    options = ("--target", target, "--max-new-tokens", 8)
+    for expected in (4, 0):  # nothing is left to do the second time
+        result = run("synthesize", "--prompts", prompts, "--output", dialogues, *options)
+        assert result.exit_code == 0, result.output
+        assert f"Wrote {expected} dialogues" in plain(result.output)
+
+    options = ("--max_steps", 1, "--draft_vocab_size", 40, "--no_partial_alignment", "--use_cpu")
+    result = run("train", "--target", target, "--train_file", dialogues, "--output_dir", trained, *options)
+    assert result.exit_code == 0, result.output
+    head = fspad.FSPADModel.from_pretrained(trained)
+    assert (head.config.draft_vocab_size, head.config.partial_alignment) == (40, False)
+
+    continued = ("--head", trained, "--eval_file", dialogues, "--max_steps", 1, "--no_partial_alignment", "--use_cpu")
+    result = run("train", "--target", target, "--train_file", dialogues, "--output_dir", tmp_path / "more", *continued)
+    assert result.exit_code == 0, result.output
+    result = run("demo", "--head", tmp_path / "more", "--target", target, "--prompts", prompts, "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "got neither"),
+        (("--train_file", "a.jsonl", "--dataset", "b"), "got both"),
+        (("--train_file", "missing.jsonl"), "no such file: missing.jsonl"),
+    ],
+)
+def test_train_says_which_dialogues_are_missing(arguments, message, tmp_path):
+    result = run("train", "--output_dir", tmp_path, *arguments)
+    assert result.exit_code == 1
+    assert message in plain(result.output)
+
+
+def test_compare_measures_both_ways_and_counts_steps():
+    target = make_target()
+    head = fspad.FSPADModel.from_target(target)
+    inputs = [{"input_ids": torch.randint(0, 97, (1, 5)), "attention_mask": torch.ones(1, 5, dtype=torch.long)}] * 3
+    calls = []
+    comparisons = compare(target, head, inputs, max_new_tokens=9, on_answer=lambda: calls.append(1))
+    assert len(calls) == 6
+    for comparison in comparisons:
+        assert comparison.is_identical
+        assert comparison.num_tokens == 9
+        assert sum(comparison.assisted[0].accept_lengths) == 8  # the prefill's token is no step
+        assert comparison.plain[0].accept_lengths == []
+
+
+def test_figures_are_tokens_by_time_and_tokens_by_steps():
+    first = Comparison([Answer([1] * 10, 2.0, [])], [Answer([1] * 10, 1.0, [4, 5])])
+    second = Comparison([Answer([2] * 2, 1.0, [])], [Answer([2] * 2, 1.0, [1])])
+    both = total([first, second])
+    assert (first.plain_speed, first.assisted_speed, first.speedup, first.tau) == (5.0, 10.0, 2.0, 4.5)
+    assert (both.plain_speed, both.assisted_speed, both.speedup) == (4.0, 6.0, 1.5)
+    assert both.tau == pytest.approx(10 / 3)
+    assert Comparison([Answer([1], 1.0, [])], [Answer([1], 1.0, [])]).tau == 1.0
+    console = Console(record=True, width=100)
+    console.print(results_table([first, second]))
+    assert re.search(r"all +│ +12 │ +4\.0 │ +6\.0 │ +1\.50 │ +3\.33", console.export_text())
+
+
+def test_prompts_file_errors_name_the_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:3"):
+        read_prompts(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_prompts(path)
+
+
+def test_prompt_without_chat_template_is_plain_text(pair):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(pair[0])
+    as_chat = encode(tokenizer, "w1 w2", torch.device("cpu"))["input_ids"]
+    assert tokenizer.decode(as_chat[0]) == "user : w1 w2 ; assistant :"
+    tokenizer.chat_template = None
+    as_text = encode(tokenizer, "w1 w2", torch.device("cpu"))["input_ids"]
+    assert tokenizer.decode(as_text[0]) == "w1 w2"

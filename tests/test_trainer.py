@@ -1,0 +1,299 @@
+"""Training of a head on tiny targets: what is learned, what is saved, and that the numbers are the same however run."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_target
+from datasets import Dataset
+from test_data import MARKERS, make_tokenizer
+
+from fspad import FSPADConfig, FSPADModel
+from fspad.trainer import DataCollatorForFSPAD, FSPADTrainer, FSPADTrainingArguments
+from fspad.trainer.data import prepare_dataset
+from fspad.trainer.features import add_features, compute_features
+
+
+def make_dataset(rows=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        length = torch.randint(low, high, (), generator=generator).item()
+        return torch.randint(97, (length,), generator=generator).tolist()
+
+    return Dataset.from_list([{"prompt_ids": draw(2, 6), "response_ids": draw(3, 20)} for _ in range(rows)])
+
+
+def make_trainer(folder, target=None, dataset=None, head=None, eval_dataset=None, processing_class=None, **arguments):
+    target = make_target() if target is None else target
+    if head is None:
+        torch.manual_seed(1)
+        head = FSPADModel.from_target(target)
+    values = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+    }
+    return FSPADTrainer(
+        model=head,
+        target=target,
+        args=FSPADTrainingArguments(**{**values, **arguments}),
+        train_dataset=make_dataset() if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
+    )
+
+
+def losses(trainer, *names):
+    names = names or ("loss", "feature_loss", "logits_loss", "accuracy")
+    return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def test_defaults_are_the_papers(tmp_path):
+    args = FSPADTrainingArguments(output_dir=str(tmp_path))
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (5e-5, 0.9, 0.95)
+    assert (args.warmup_steps, args.num_train_epochs, args.max_length) == (2000, 20, 2048)
+    assert (args.max_grad_value, args.max_grad_norm, args.lr_scheduler_type) == (0.5, 0.0, "linear")
+    assert (args.feature_loss_weight, args.logits_loss_weight, args.feature_noise) == (1.0, 0.1, 0.2)
+
+
+def test_target_stays_as_it_is(tmp_path):
+    target = make_target()
+    target.train()
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in target.named_parameters()}
+    trainer = make_trainer(tmp_path, target)
+    head_before = weights(trainer)
+    trainer.train()
+    assert not target.training
+    for name, parameter in target.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+    assert not target.get_output_embeddings()._forward_pre_hooks
+    assert all(not torch.equal(tensor, head_before[name]) for name, tensor in weights(trainer).items())
+
+
+def test_log_lines_add_up_to_the_loss(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert len(losses(trainer)) == 4
+    for loss, part_features, part_logits, accuracy in losses(trainer):
+        assert loss == pytest.approx(part_features + 0.1 * part_logits, rel=1e-5)
+        assert 0 <= accuracy <= 1
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+def test_gradient_accumulation_changes_nothing(tmp_path, draft_vocab_size):
+    results = []
+    for batch_size, accumulation in ((8, 1), (1, 8)):
+        torch.manual_seed(1)
+        target = make_target()
+        head = FSPADModel.from_target(target)
+        if draft_vocab_size:
+            head.set_draft_vocabulary(torch.randperm(97, generator=torch.Generator().manual_seed(0))[:40])
+        trainer = make_trainer(
+            tmp_path,
+            target,
+            head=head,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            feature_noise=0.0,
+            train_sampling_strategy="sequential",
+            optim="sgd",
+            learning_rate=0.1,
+        )
+        trainer.train()
+        results.append((losses(trainer), weights(trainer)))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert one == pytest.approx(other, abs=2e-6)
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, results[1][1][name], atol=1e-6, rtol=0)
+
+
+def test_resumed_training_is_the_same_training(tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "seed": 3, "gradient_accumulation_steps": 2}
+    whole = make_trainer(tmp_path / "whole", **arguments)
+    whole.train()
+    make_trainer(tmp_path / "parts", **arguments).train()
+    # Another head to begin with: everything must come from the checkpoint.
+    torch.manual_seed(9)
+    head = FSPADModel.from_target(make_target())
+    resumed = make_trainer(tmp_path / "parts", head=head, **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+
+
+def test_noise_is_in_training_only_and_on_the_input_only(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=make_dataset())
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    batch = next(iter(trainer.get_train_dataloader()))
+    clean, noisy = (trainer._make_rows(batch, is_training=training) for training in (False, True))
+    assert torch.equal(clean.label_features, noisy.label_features)
+    noise = (noisy.features - clean.features).abs().amax(dim=(1, 2))
+    bound = 0.5 * 0.2 * 512 / batch["attention_mask"].sum(dim=1)
+    assert (noise <= bound).all()
+    assert (noise > 0.8 * bound).all()
+
+
+def test_evaluation_is_by_rows_not_by_batches(tmp_path):
+    metrics = []
+    for batch_size in (1, 16):
+        trainer = make_trainer(tmp_path, eval_dataset=make_dataset(), per_device_eval_batch_size=batch_size)
+        metrics.append(trainer.evaluate())
+    for name in ("eval_loss", "eval_feature_loss", "eval_logits_loss", "eval_accuracy"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-5)
+    parts = metrics[0]["eval_feature_loss"] + 0.1 * metrics[0]["eval_logits_loss"]
+    assert metrics[0]["eval_loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_several_evaluation_datasets(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset={"a": make_dataset(4), "b": make_dataset(4, seed=1)})
+    metrics = trainer.evaluate()
+    assert metrics["eval_a_logits_loss"] != metrics["eval_b_logits_loss"]
+    assert {"eval_a_accuracy", "eval_b_accuracy", "eval_a_loss", "eval_b_loss"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "mixtral"])
+def test_padding_changes_nothing(tmp_path, family):
+    target = make_target(family)
+    trainer = make_trainer(tmp_path, target)
+    rows = list(prepare_dataset(make_dataset(3), None))
+    trainer.model.eval()
+
+    def sums(rows):
+        with torch.no_grad():
+            batch = DataCollatorForFSPAD(pad_token_id=96)(rows)
+            return trainer.compute_loss(trainer.model, batch, return_outputs=True)[1]["sums"]
+
+    torch.testing.assert_close(sums(rows), sum(sums([row]) for row in rows), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+def test_cached_features_are_the_computed_ones(tmp_path, dtype, draft_vocab_size):
+    target = make_target().to(dtype)
+    torch.manual_seed(1)
+    head = FSPADModel.from_target(target, FSPADConfig.from_target(target.config, draft_vocab_size=draft_vocab_size))
+    prepared = prepare_dataset(make_dataset(), None)
+    cached = add_features(prepared, target, str(tmp_path / "features.arrow"))
+    assert cached[0]["features"].dtype == dtype
+    expected = compute_features(target, torch.tensor([prepared[0]["input_ids"]]))[0]
+    assert torch.equal(cached[0]["features"], expected)
+    results = []
+    for dataset in (prepared, cached):
+        trainer = make_trainer(tmp_path, target, dataset, copy.deepcopy(head).float(), feature_noise=0.0)
+        trainer.train()
+        results.append(losses(trainer))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(*results, strict=True):
+        assert one == pytest.approx(other, abs=tolerance)
+
+
+def test_cached_features_need_no_target_forward(tmp_path, monkeypatch):
+    target = make_target()
+    cached = add_features(prepare_dataset(make_dataset(), None), target)
+
+    def forward(*args, **kwargs):
+        raise AssertionError("the target ran")
+
+    monkeypatch.setattr(target, "forward", forward)
+    make_trainer(tmp_path, target, cached, train_sampling_strategy="group_by_length").train()
+
+
+def test_saved_folder_is_the_head_alone(tmp_path):
+    tokenizer = make_tokenizer(MARKERS)
+    messages = [{"role": "user", "content": "hello you"}, {"role": "assistant", "content": "hi bye now"}]
+    dataset = Dataset.from_list([{"messages": messages}] * 4)
+    trainer = make_trainer(tmp_path, dataset=dataset, processing_class=tokenizer, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.processing_class is tokenizer
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.json", "model.safetensors", "modeling_fspad.py", "configuration_fspad.py"} <= names
+        assert not [name for name in names if "token" in name or "chat_template" in name]
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"].startswith("modeling_fspad.")
+    loaded = FSPADModel.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == weights(trainer).keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights(trainer).items())
+
+
+def test_gradients_are_clipped_by_value(tmp_path):
+    largest = []
+
+    class Watch(FSPADTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            optimizer.register_step_pre_hook(
+                lambda opt, *_: largest.append(
+                    max(p.grad.abs().max().item() for group in opt.param_groups for p in group["params"])
+                )
+            )
+            return optimizer
+
+    trainer = make_trainer(tmp_path, max_grad_value=1e-3, max_steps=1)
+    trainer.__class__ = Watch
+    trainer.train()
+    assert largest == [pytest.approx(1e-3)]
+
+
+def test_head_of_another_target(tmp_path):
+    head = FSPADModel.from_target(make_target(hidden_size=64))
+    with pytest.raises(ValueError, match=r"hidden_size=64.*hidden_size=32"):
+        make_trainer(tmp_path, head=head)
+
+
+def test_target_by_path(tmp_path):
+    target = make_target().bfloat16()
+    target.save_pretrained(tmp_path / "target")
+    head = FSPADModel.from_target(target).float()
+    trainer = make_trainer(tmp_path / "head", str(tmp_path / "target"), head=head, bf16=True)
+    assert trainer.target.dtype == torch.bfloat16
+    trainer.train()
+    assert len(losses(trainer)) == 4
+
+
+def test_trained_head_drafts_what_the_target_writes(tmp_path):
+    """The whole chain: an error in the alignment would train just as well and have every draft refused."""
+    target = make_target()
+    torch.manual_seed(5)
+    prompts = torch.randint(97, (12, 4))
+    answers = target.generate(prompts, max_new_tokens=24, do_sample=False)[:, 4:]
+    rows = [{"prompt_ids": p, "response_ids": a} for p, a in zip(prompts.tolist(), answers.tolist(), strict=True)]
+    dataset = Dataset.from_list(rows)
+    trainer = make_trainer(
+        tmp_path,
+        target,
+        dataset,
+        eval_dataset=dataset,
+        max_steps=150,
+        learning_rate=1e-2,
+        per_device_train_batch_size=12,
+        feature_noise=0.0,
+        logits_loss_weight=1.0,
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] > 0.9
+    out = target.generate(
+        prompts[:1],
+        assistant_model=trainer.model.eval(),
+        max_new_tokens=24,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(out.sequences[:, 4:], answers[:1])
+    assert out.accept_lengths.float().mean() > 2.5
