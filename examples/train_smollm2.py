@@ -114,7 +114,7 @@ def main() -> None:
     dataset = prepare_dataset(load_dialogs(example, output_dir, target, tokenizer), tokenizer, args.max_length)
     head = make_head(example, target, tokenizer, dataset)
     if example.cache_features:
-        # On the way to the file, so that a run with other dialogues does not take the features of these.
+        # Named after the dialogues, so that a run with others does not take the features of these.
         dataset = add_features(dataset, target, str(output_dir / f"features-{dataset._fingerprint}.arrow"))
     splits = {"train": dataset, "test": None}
     if example.num_eval_dialogs:

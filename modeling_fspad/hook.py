@@ -1,6 +1,6 @@
 """Lets stock `generate` hand its loop to an assistant that brings its own.
 
-Two methods of `GenerationMixin` are wrapped, once a process however many revisions of this file are loaded. Both ask the
+Three methods of transformers are wrapped, once a process however many revisions of this file are loaded. All ask the
 assistant by duck typing: whoever has a method `assisted_decoding(target, input_ids, **kwargs)` is given the loop, with
 the keyword arguments of `GenerationMixin._assisted_decoding`. Every other assistant gets stock behaviour untouched.
 """
@@ -16,7 +16,6 @@ from transformers import GenerationConfig, GenerationMixin
 
 # The attribute that marks a wrapper. Its name and value are a protocol between revisions of this file: do not change.
 HOOK_MARK = "_fspad_hook"
-WRAPPED_METHODS = ("_assisted_decoding", "_validate_generation_mode")
 
 
 def brings_own_loop(assistant: Any) -> bool:
@@ -25,23 +24,23 @@ def brings_own_loop(assistant: Any) -> bool:
 
 
 def install_hook() -> None:
-    """Wrap the two methods of `GenerationMixin`, unless they are wrapped already.
+    """Wrap the methods of transformers, those of them that are not wrapped already.
 
     Raises:
-        ImportError: If this release of transformers has no such methods.
+        ImportError: If this release of transformers lacks one of them.
     """
-    missing = [name for name in WRAPPED_METHODS if not hasattr(GenerationMixin, name)]
-    if missing:
-        raise ImportError(
-            f"transformers {transformers.__version__} has no GenerationMixin.{' or '.join(missing)}, which FSPAD heads "
-            "hook into. Install a release that this head was tested with, or a newer revision of the head's code."
-        )
-    for name, wrap in zip(WRAPPED_METHODS, (_delegate_loop, _validate_own_loop), strict=True):
-        method = getattr(GenerationMixin, name)
+    for owner, name in WRAPPERS:
+        if not hasattr(owner, name):
+            raise ImportError(
+                f"transformers {transformers.__version__} has no {owner.__name__}.{name}, which FSPAD heads hook into. "
+                "Install a release that this head was tested with, or a newer revision of the head's code."
+            )
+    for (owner, name), wrap in WRAPPERS.items():
+        method = getattr(owner, name)
         if not hasattr(method, HOOK_MARK):
             wrapper = functools.wraps(method)(wrap(method))
             setattr(wrapper, HOOK_MARK, 1)
-            setattr(GenerationMixin, name, wrapper)
+            setattr(owner, name, wrapper)
 
 
 def _delegate_loop(stock: Callable) -> Callable:
@@ -54,6 +53,20 @@ def _delegate_loop(stock: Callable) -> Callable:
     return assisted_decoding
 
 
+def _refuse_other_searches(stock: Callable) -> Callable:
+    # Here and not later: stock code asks for trust in a repository before it validates a contrastive search
+    def get_generation_mode(self: GenerationConfig, assistant_model: Any = None) -> str:
+        mode = stock(self, assistant_model)
+        if brings_own_loop(assistant_model) and mode != "assisted_generation":
+            raise ValueError(
+                "an FSPAD head assists greedy decoding and sampling, got options that ask for "
+                f"{getattr(mode, 'value', mode).replace('_', ' ')}. Drop those options or `assistant_model`."
+            )
+        return mode
+
+    return get_generation_mode
+
+
 def _validate_own_loop(stock: Callable) -> Callable:
     def validate_generation_mode(
         self: GenerationMixin,
@@ -62,33 +75,26 @@ def _validate_own_loop(stock: Callable) -> Callable:
         generation_mode_kwargs: dict[str, Any],
     ) -> None:
         if brings_own_loop(generation_mode_kwargs.get("assistant_model")):
-            return check_generation_mode(self, generation_mode, generation_config)
+            return check_target_and_drafts(self, generation_config)
         return stock(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return validate_generation_mode
 
 
-def check_generation_mode(target: GenerationMixin, generation_mode: str, generation_config: GenerationConfig) -> None:
+def check_target_and_drafts(target: GenerationMixin, generation_config: GenerationConfig) -> None:
     """Refuse what no head can assist, before anything has happened.
 
     Args:
         target: The model whose `generate` was called.
-        generation_mode: The mode that `generate` derived from its options.
-        generation_config: Those options.
+        generation_config: The options of `generate`.
 
     Raises:
-        ValueError: For encoder-decoder targets, beams and other searches, and a second source of drafts.
+        ValueError: For encoder-decoder targets and a second source of drafts.
     """
     if target.config.is_encoder_decoder:
         raise ValueError(
             f"an FSPAD head assists decoder-only models, got the encoder-decoder {type(target).__name__}; "
             "call `generate` without `assistant_model`."
-        )
-    if generation_mode != "assisted_generation":
-        raise ValueError(
-            "an FSPAD head assists greedy decoding and sampling, got options that ask for "
-            f"{str(getattr(generation_mode, 'value', generation_mode)).replace('_', ' ')} "
-            f"(num_beams={generation_config.num_beams}). Drop those options or `assistant_model`."
         )
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
         if getattr(generation_config, name, None):
@@ -96,3 +102,10 @@ def check_generation_mode(target: GenerationMixin, generation_mode: str, generat
                 f"`{name}` and an FSPAD head are two sources of drafts, only one can be used: drop `{name}` or "
                 "`assistant_model`."
             )
+
+
+WRAPPERS = {
+    (GenerationMixin, "_assisted_decoding"): _delegate_loop,
+    (GenerationMixin, "_validate_generation_mode"): _validate_own_loop,
+    (GenerationConfig, "get_generation_mode"): _refuse_other_searches,
+}
