@@ -64,7 +64,7 @@ def make_target(family: str = "llama", seed: int = 0, sharpness: float = 6.0, **
 
 
 def make_head(target, seed: int = 0, **overrides):
-    """A random head for a target, with weights large enough to have opinions.
+    """A random head for a target, with weights large enough to have opinions; of up to 10 tokens it drafts all first.
 
     Args:
         target: The target.
@@ -72,5 +72,5 @@ def make_head(target, seed: int = 0, **overrides):
         **overrides: Configuration fields.
     """
     torch.manual_seed(seed)
-    config = fspad.FSPADConfig.from_target(target.config, **{"initializer_range": 0.2, **overrides})
+    config = fspad.FSPADConfig.from_target(target.config, **{"initializer_range": 0.2, "draft_top_k": 10, **overrides})
     return fspad.FSPADModel.from_target(target, config)

@@ -1,0 +1,141 @@
+"""A saved head in a process where the package is not installed, and beside it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_head, make_target
+
+PREAMBLE = """
+import sys
+sys.modules["fspad"] = None  # as if the package were not installed
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+target = AutoModelForCausalLM.from_pretrained("target")
+prompt = torch.tensor([[1, 2, 3]])
+options = {"max_new_tokens": 25, "do_sample": False, "return_dict_in_generate": True}
+plain = target.generate(prompt, **options).sequences
+"""
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a saved target and two saved heads."""
+    target = make_target(vocab_size=9)
+    target.save_pretrained(tmp_path / "target")
+    for seed in (1, 2):
+        make_head(target, seed=seed).save_pretrained(tmp_path / f"head{seed}")
+    return tmp_path
+
+
+def run(folder: Path, script: str) -> str:
+    """Run a script in a fresh process and return what it printed.
+
+    Args:
+        folder: Where it runs; the cache of remote code goes there too.
+        script: What follows the preamble.
+    """
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_saved_head_is_config_weights_and_flat_code_files(saved):
+    files = {path.name for path in (saved / "head1").iterdir()}
+    assert {"config.json", "model.safetensors", "modeling_fspad.py", "configuration_fspad.py", "hook.py"} <= files
+    assert all(path.is_file() for path in (saved / "head1").iterdir())
+    assert not any("token" in name for name in files)
+    config = json.loads((saved / "head1" / "config.json").read_text())
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_fspad.FSPADConfig",
+        "AutoModel": "modeling_fspad.FSPADModel",
+    }
+
+
+def test_code_files_import_torch_and_transformers_only(saved):
+    from transformers.dynamic_module_utils import get_imports
+
+    third_party = set()
+    for path in (saved / "head1").glob("*.py"):
+        third_party |= {name for name in get_imports(path) if name not in sys.stdlib_module_names}
+    assert third_party == {"torch", "transformers"}
+
+
+def test_fresh_process_without_the_package(saved):
+    script = """
+head = AutoModel.from_pretrained("head1", trust_remote_code=True)
+assert type(head).__module__.startswith("transformers_modules.")
+output = target.generate(prompt, assistant_model=head, **options)
+assert torch.equal(output.sequences, plain)
+assert type(output).__name__ == "FSPADGenerateOutput"
+print("tau", output.accept_lengths.float().mean().item() > 1)
+
+# Saved again it still carries its code, and works
+head.save_pretrained("again")
+again = AutoModel.from_pretrained("again", trust_remote_code=True)
+assert torch.equal(target.generate(prompt, assistant_model=again, **options).sequences, plain)
+
+# A second head, and its hook, do no harm
+other = AutoModel.from_pretrained("head2", trust_remote_code=True)
+assert torch.equal(target.generate(prompt, assistant_model=other, **options).sequences, plain)
+assert torch.equal(target.generate(prompt, assistant_model=head, **options).sequences, plain)
+assert AutoConfig.from_pretrained("head1", trust_remote_code=True).model_type == "fspad"
+"""
+    assert run(saved, script).strip() == "tau True"
+    code = {path.name for path in (saved / "head1").glob("*.py")}
+    assert {path.name for path in (saved / "again").glob("*.py")} == code
+
+
+def test_without_trust_the_code_is_not_run(saved):
+    script = """
+try:
+    AutoModel.from_pretrained("head1", trust_remote_code=False)
+except ValueError as error:
+    print(error)
+assert not any(name.startswith("transformers_modules") for name in sys.modules)
+"""
+    assert "trust_remote_code=True" in run(saved, script)
+
+
+def test_old_transformers_speaks_before_anything_fails(saved):
+    script = """
+import transformers
+transformers.__version__ = "5.3.0"
+try:
+    AutoModel.from_pretrained("head1", trust_remote_code=True)
+except ImportError as error:
+    print(error)
+"""
+    assert "need transformers>=5.15" in run(saved, script)
+
+
+def test_package_and_remote_code_in_one_process(saved):
+    from transformers import AutoModel
+
+    import fspad
+
+    target = make_target(vocab_size=9)
+    remote = AutoModel.from_pretrained(saved / "head1", trust_remote_code=True)
+    local = fspad.FSPADModel.from_pretrained(saved / "head1")
+    prompt = torch.tensor([[1, 2, 3]])
+    plain = target.generate(prompt, max_new_tokens=20, do_sample=False)
+    for head in (remote, local):
+        assert torch.equal(target.generate(prompt, assistant_model=head, max_new_tokens=20, do_sample=False), plain)
+
+
+def test_an_original_bin_file_is_not_loaded_as_a_head(saved):
+    """Pickled weights go through `fspad convert` only."""
+    from transformers import AutoModel
+
+    folder = saved / "head1"
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
+    with pytest.raises((OSError, ValueError), match=r"safetensors|missing weights"):
+        AutoModel.from_pretrained(folder)
