@@ -20,7 +20,6 @@ logger = logging.get_logger(__name__)
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ACCEPTED = "`messages`, or `prompt_ids` + `response_ids`, or `input_ids` + `assistant_mask`"
-PRECOMPUTED = ("features", "log_normalizers", "best_token_ids")
 _PREPARED = {"input_ids", "assistant_mask", "length"}
 
 
@@ -30,7 +29,7 @@ def prepare_dataset(
     """Turn dialogues into token ids and a mask of the assistant's tokens.
 
     Rows in which the head has nothing to learn after truncation are dropped, and their number is logged. A dataset
-    that was prepared before is returned as it is. Precomputed features are kept.
+    that was prepared before is returned as it is. A `features` column is kept.
 
     Args:
         dataset: Rows with `messages` (a chat), with `prompt_ids` and `response_ids`, or with `input_ids` and
@@ -62,7 +61,7 @@ def prepare_dataset(
         return _check_and_truncate(input_ids, assistant_mask, max_length)
 
     prepared = dataset.map(
-        tokenize, input_columns=list(form), remove_columns=sorted(columns - {*_PREPARED, *PRECOMPUTED})
+        tokenize, input_columns=list(form), remove_columns=sorted(columns - {*_PREPARED, "features"})
     )
     # Of columns that a row does not need nothing may be read here: features can be gigabytes.
     kept = prepared.filter(_has_counted_rows, input_columns=["assistant_mask"])
@@ -170,24 +169,23 @@ class DataCollatorForFSPAD:
         """Pad rows.
 
         Args:
-            rows: Each with `input_ids` and `assistant_mask` of one length, and maybe with the precomputed `features` of
-                shape `(length, hidden)`, `log_normalizers` and `best_token_ids` of shape `(length,)`. Of longer
-                precomputed values the first are used, so that dialogues may be cut later.
+            rows: Each with `input_ids` and `assistant_mask` of one length, and maybe with precomputed `features` of shape
+                `(length, hidden)`; of longer features the first are used, so that dialogues may be cut later.
 
         Returns:
-            `input_ids`, `attention_mask` and `assistant_mask` of shape `(batch, longest)` and dtype int64, and the
-            precomputed values of shape `(batch, longest, ...)`.
+            `input_ids`, `attention_mask` and `assistant_mask` of shape `(batch, longest)` and dtype int64, and maybe
+            `features` of shape `(batch, longest, hidden)`.
         """
         input_ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        lengths = [len(ids) for ids in input_ids]
         columns = {
             "input_ids": _pad(input_ids, self.pad_token_id),
             "attention_mask": _pad([torch.ones_like(ids) for ids in input_ids]),
             "assistant_mask": _pad([torch.as_tensor(row["assistant_mask"], dtype=torch.long) for row in rows]),
         }
-        for name in PRECOMPUTED:
-            if name in rows[0]:
-                columns[name] = _pad([torch.as_tensor(r[name])[:n] for r, n in zip(rows, lengths, strict=True)])
+        if "features" in rows[0]:
+            columns["features"] = _pad(
+                [torch.as_tensor(row["features"])[: len(ids)] for row, ids in zip(rows, input_ids, strict=True)]
+            )
         return columns
 
 

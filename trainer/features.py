@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fspad.target import FeatureTap, LMHead
-
-from .loss import summarize_logits
+from fspad.target import FeatureTap
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,8 +42,7 @@ def add_features(dataset: Dataset, target: PreTrainedModel, cache_file: str | No
     """Compute the features of a prepared dataset once, and keep them beside its tokens.
 
     The column holds raw bytes, which Arrow maps into memory as they are: a dataset far larger than the memory trains
-    without being read twice. Rows come out with `features` as a tensor of shape `(length, hidden)`. Beside them are
-    `log_normalizers` and `best_token_ids`, which spare the loss the logits over the full vocabulary.
+    without being read twice. Rows come out with `features` as a tensor of shape `(length, hidden)`.
 
     Args:
         dataset: Rows with `input_ids`, as [`~fspad.trainer.data.prepare_dataset`] returns them.
@@ -53,29 +50,16 @@ def add_features(dataset: Dataset, target: PreTrainedModel, cache_file: str | No
         cache_file: Arrow file to write to; used as it is when it exists.
 
     Returns:
-        The dataset with the columns `features` (in the target's dtype), `log_normalizers` and `best_token_ids`.
+        The dataset with a `features` column in the target's dtype.
     """
     import datasets
 
-    lm_head = LMHead(target)
     hidden_size = target.config.get_text_config(decoder=True).hidden_size
-    columns = datasets.Features(
-        {
-            **dataset.features,
-            "features": datasets.Value("large_binary"),
-            "log_normalizers": datasets.List(datasets.Value("float32")),
-            "best_token_ids": datasets.List(datasets.Value("int32")),
-        }
-    )
+    columns = datasets.Features({**dataset.features, "features": datasets.Value("large_binary")})
 
-    def encode(input_ids: list[int]) -> dict[str, Any]:
-        features = compute_features(target, torch.tensor([input_ids]))[0]
-        log_normalizers, best_token_ids = _summarize(lm_head, features)
-        return {
-            "features": features.cpu().contiguous().view(torch.uint8).numpy().tobytes(),
-            "log_normalizers": log_normalizers.tolist(),
-            "best_token_ids": best_token_ids.tolist(),
-        }
+    def encode(input_ids: list[int]) -> dict[str, bytes]:
+        features = compute_features(target, torch.tensor([input_ids]))[0].cpu().contiguous()
+        return {"features": features.view(torch.uint8).numpy().tobytes()}
 
     # Fingerprinting by hand: datasets would pickle the whole target to tell whether `encode` has changed.
     fingerprint = datasets.fingerprint.Hasher.hash((dataset._fingerprint, target.config.to_json_string()))
@@ -89,14 +73,6 @@ def add_features(dataset: Dataset, target: PreTrainedModel, cache_file: str | No
         desc="Computing the target's features",
     )
     return dataset.with_transform(partial(_decode, dtype=target.dtype, hidden_size=hidden_size))
-
-
-@torch.no_grad()
-def _summarize(lm_head: LMHead, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logsumexp` and most probable token of each position; in chunks, because the vocabulary is large."""
-    parts = [summarize_logits(lm_head(chunk))[:2] for chunk in features.split(128)]
-    log_normalizers, best_token_ids = zip(*parts, strict=True)
-    return torch.cat(log_normalizers), torch.cat(best_token_ids)
 
 
 def _decode(batch: dict[str, list], dtype: torch.dtype, hidden_size: int) -> dict[str, list]:

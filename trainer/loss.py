@@ -4,8 +4,8 @@ Row i of the head pairs the feature f_i with the token i+1. Its label is the fea
 
     loss = v_w * SmoothL1(regress_i, f_{i+1}) - p_w * sum_v p_i(v) log q_i(v)
 
-with `p_i = softmax(W f_{i+1})`, `q_i = softmax(W predict_i)` and `W` the target's LM head, averaged over the rows that
-the assistant wrote.
+with `p_i = softmax(W f_{i+1})`, `q_i = softmax(W predict_i)` and `W` the target's LM head (its rows of the draft
+vocabulary, if there is one), averaged over the rows that the assistant wrote.
 """
 
 from __future__ import annotations
@@ -33,17 +33,6 @@ class AlignedBatch:
     next_token_ids: torch.Tensor
     label_features: torch.Tensor
     row_mask: torch.Tensor
-
-    def at_labels(self, values: torch.Tensor) -> torch.Tensor:
-        """Pick values of the counted rows' labels.
-
-        Args:
-            values: One value for each token, of shape `(batch, length, ...)`.
-
-        Returns:
-            The values that belong to f_{i+1} in the rows that count, of shape `(rows, ...)`.
-        """
-        return values[:, 1:-1][self.row_mask]
 
 
 def counted_rows(assistant_mask: torch.Tensor) -> torch.Tensor:
@@ -105,75 +94,39 @@ def feature_loss(regress: torch.Tensor, label_features: torch.Tensor) -> torch.T
     return distance.mean(dim=-1).sum()
 
 
-@dataclass
-class SoftLabels:
-    """The target's distribution in the counted rows, made for a few rows at a time.
-
-    With a draft vocabulary the probabilities are those of the full vocabulary, not renormalised: a row weighs as much
-    as the probability that the target gives to the tokens the head can draft at all.
-
-    Args:
-        features: Label features of the counted rows, of shape `(rows, hidden)`.
-        target_head: From features to logits over the full vocabulary.
-        draft_head: From features to logits over the draft vocabulary; `target_head` itself without one.
-        draft_vocab_ids: Token ids that `draft_head` scores, of shape `(draft_vocab,)`; `None` for all.
-        log_normalizers: `logsumexp` of the full logits of each row, of shape `(rows,)`, if known beforehand. Then no
-            logits over the full vocabulary are made.
-        best_token_ids: The target's most probable token of each row, of shape `(rows,)`, if known beforehand.
-    """
-
-    features: torch.Tensor
-    target_head: Callable[[torch.Tensor], torch.Tensor]
-    draft_head: Callable[[torch.Tensor], torch.Tensor]
-    draft_vocab_ids: torch.Tensor | None = None
-    log_normalizers: torch.Tensor | None = None
-    best_token_ids: torch.Tensor | None = None
-
-    @torch.no_grad()
-    def __getitem__(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities over the draft vocabulary `(rows, draft_vocab)` and most probable tokens `(rows,)`."""
-        if self.log_normalizers is not None and self.best_token_ids is not None:
-            logits = _at_least_fp32(self.draft_head(self.features[rows]))
-            return (logits - self.log_normalizers[rows, None].to(logits.device)).exp_(), self.best_token_ids[rows]
-        log_normalizers, best_token_ids, logits = summarize_logits(self.target_head(self.features[rows]))
-        if self.draft_vocab_ids is not None:
-            logits = logits.index_select(-1, self.draft_vocab_ids)
-        return (logits - log_normalizers[:, None]).exp_(), best_token_ids
-
-
-def summarize_logits(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reduce logits over the full vocabulary to what the loss needs of them beside the draft vocabulary's.
-
-    Args:
-        logits: Logits of shape `(rows, vocab)`.
-
-    Returns:
-        Their `logsumexp` and most probable tokens, of shape `(rows,)` each, and the logits in at least fp32.
-    """
-    logits = _at_least_fp32(logits)
-    return logits.logsumexp(dim=-1), logits.argmax(dim=-1), logits
-
-
-def logits_loss(predict: torch.Tensor, labels: SoftLabels, chunk_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_loss(
+    predict: torch.Tensor,
+    label_features: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    chunk_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Soft cross-entropy of the draft's distribution against the target's, summed over rows.
+
+    With a draft vocabulary both are distributions over its tokens: what the head can never draft is not worth the
+    full vocabulary's logits, which would cost more than the head itself.
 
     Never more than `chunk_size` rows of logits exist at once; the gradient of each chunk is formed with its loss.
 
     Args:
         predict: Predictions of the counted rows, of shape `(rows, hidden)`.
-        labels: Labels of the same rows, with the LM heads.
+        label_features: Features whose logits are the soft labels, of shape `(rows, hidden)`.
+        lm_head: From features to logits, over the vocabulary that the head scores.
         chunk_size: Rows at once.
 
     Returns:
         The loss, a scalar in at least fp32, and the number of rows where both have the same most probable token.
     """
-    return _ChunkedSoftCrossEntropy.apply(predict, labels, chunk_size)
+    return _ChunkedSoftCrossEntropy.apply(predict, label_features, lm_head, chunk_size)
 
 
 class _ChunkedSoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, predict: torch.Tensor, labels: SoftLabels, chunk_size: int
+        ctx: Any,
+        predict: torch.Tensor,
+        label_features: torch.Tensor,
+        lm_head: Callable[[torch.Tensor], torch.Tensor],
+        chunk_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(predict) if needs_gradient else None
@@ -183,27 +136,37 @@ class _ChunkedSoftCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             chunk = predict[rows].detach().requires_grad_(needs_gradient)
             with torch.set_grad_enabled(needs_gradient):
-                logits = labels.draft_head(chunk)
-            target_probs, target_best = labels[rows]
-            log_probs = F.log_softmax(_at_least_fp32(logits.detach()), dim=-1)  # (rows, draft vocab)
-            best = log_probs.argmax(dim=-1)
-            if labels.draft_vocab_ids is not None:
-                best = labels.draft_vocab_ids[best]
-            correct += (best == target_best.to(best.device)).sum().to(correct.device)
-            loss -= torch.dot(target_probs.flatten(), log_probs.flatten()).to(loss.device)
+                draft_logits = lm_head(chunk)
+            chunk_loss, logits_gradient, chunk_correct = _soft_cross_entropy(
+                draft_logits.detach(), lm_head(label_features[rows]), needs_gradient
+            )
             if gradient is not None:
-                mass = target_probs.sum(dim=-1, keepdim=True)
-                logits_gradient = log_probs.exp_().mul_(mass).sub_(target_probs).to(logits.dtype)
                 # Through the LM head by autograd, so that any of them, with its scale and soft cap, is right.
-                (gradient[rows],) = torch.autograd.grad(logits, chunk, logits_gradient)
+                (gradient[rows],) = torch.autograd.grad(draft_logits, chunk, logits_gradient)
+            loss += chunk_loss.to(loss.device)
+            correct += chunk_correct.to(correct.device)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, loss_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None
+        return gradient * loss_gradient.to(gradient.dtype), None, None, None
+
+
+def _soft_cross_entropy(
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Loss, its gradient with respect to the draft's logits, and the number of rows with the same best token."""
+    target_probs = F.softmax(_at_least_fp32(target_logits), dim=-1)
+    draft_log_probs = F.log_softmax(_at_least_fp32(draft_logits), dim=-1)
+    loss = -torch.dot(target_probs.flatten(), draft_log_probs.flatten())
+    correct = (draft_log_probs.argmax(dim=-1) == target_probs.argmax(dim=-1)).sum()
+    if not needs_gradient:
+        return loss, None, correct
+    logits_gradient = draft_log_probs.exp_().sub_(target_probs)
+    return loss, logits_gradient.to(draft_logits.dtype), correct
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

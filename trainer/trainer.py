@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 
 from fspad.target import LMHead, check_target, embed_tokens
 
-from .data import PRECOMPUTED, DataCollatorForFSPAD, prepare_dataset
+from .data import DataCollatorForFSPAD, prepare_dataset
 from .features import compute_features
-from .loss import AlignedBatch, SoftLabels, align, counted_rows, feature_loss, logits_loss
+from .loss import AlignedBatch, align, counted_rows, feature_loss, logits_loss
 from .training_arguments import FSPADTrainingArguments
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class FSPADTrainer(Trainer):
         # `compute_loss` divides by the rows of the whole step. The first name is read from 5.19 on, the other before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self._lm_heads: tuple[LMHead, LMHead] | None = None
+        self._lm_head: LMHead | None = None
         self._train_sums = self._zero_sums()
         self._eval_sums = self._zero_sums()
 
@@ -135,10 +135,10 @@ class FSPADTrainer(Trainer):
         outputs = model(
             features=batch.features, inputs_embeds=self._embed(batch.next_token_ids).to(batch.features.dtype)
         )
-        labels = self._make_labels(batch, inputs)
-        sum_feature_loss = feature_loss(outputs.regress[batch.row_mask], labels.features)
+        labels = batch.label_features[batch.row_mask]
+        sum_feature_loss = feature_loss(outputs.regress[batch.row_mask], labels)
         sum_logits_loss, correct = logits_loss(
-            outputs.predict[batch.row_mask], labels, chunk_size=self.args.logits_chunk_size
+            outputs.predict[batch.row_mask], labels, self._get_lm_head(), self.args.logits_chunk_size
         )
         rows = batch.row_mask.sum()
         sums = torch.stack([value.detach().float() for value in (sum_feature_loss, sum_logits_loss, correct, rows)])
@@ -167,35 +167,20 @@ class FSPADTrainer(Trainer):
             batch.features = batch.features + (noise * (self.args.feature_noise * 512 / lengths)).to(features.dtype)
         return batch
 
-    def _make_labels(self, batch: AlignedBatch, inputs: dict[str, torch.Tensor]) -> SoftLabels:
-        draft_head, target_head = self._get_lm_heads()
-        known = {
-            name: batch.at_labels(inputs[name]) for name in ("log_normalizers", "best_token_ids") if name in inputs
-        }
-        return SoftLabels(
-            features=batch.label_features[batch.row_mask],
-            target_head=target_head,
-            draft_head=draft_head,
-            draft_vocab_ids=draft_head.token_ids,
-            **known,
-        )
-
     @torch.no_grad()
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return embed_tokens(self.target, token_ids).to(self.args.device)
 
-    def _get_lm_heads(self) -> tuple[LMHead, LMHead]:
-        """The target's LM head as the head scores with it, and over the full vocabulary."""
-        if self._lm_heads is None:
-            full = LMHead(self.target)
-            draft_vocab_ids = self.model.active_draft_vocab_ids
-            self._lm_heads = full if draft_vocab_ids is None else LMHead(self.target, draft_vocab_ids), full
-        return self._lm_heads
+    def _get_lm_head(self) -> LMHead:
+        """The target's LM head over the tokens that the head scores."""
+        if self._lm_head is None:
+            self._lm_head = LMHead(self.target, self.model.active_draft_vocab_ids)
+        return self._lm_head
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
         # The draft vocabulary is part of the checkpoint.
-        self._lm_heads = None
+        self._lm_head = None
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device
@@ -267,7 +252,7 @@ class FSPADTrainer(Trainer):
         }
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "length", *PRECOMPUTED]
+        self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "features", "length"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # A head has no tokenizer of its own: the target's must not be saved beside it.
