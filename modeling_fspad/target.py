@@ -82,7 +82,8 @@ class FeatureTap:
         recording.features.append(hidden_states)
         if recording.logits_to_keep is None:
             return None
-        kept = hidden_states[:, -recording.logits_to_keep :]
+        # Cloned: of a view with the batch stride of the whole, a CPU would multiply the LM head in a slow way
+        kept = hidden_states[:, -recording.logits_to_keep :].clone(memory_format=torch.contiguous_format)
         if args:
             return (kept, *rest), kwargs
         return args, {**kwargs, next(iter(kwargs)): kept}
@@ -122,13 +123,15 @@ class LMHead:
         """
         weight = self.module.weight
         dtype = weight.dtype if weight.is_floating_point() else features.dtype
-        features = features.to(device=weight.device, dtype=dtype)
+        # As one matrix: of three-dimensional views, a CPU would copy the weight for every product
+        rows = features.to(device=weight.device, dtype=dtype).reshape(-1, features.shape[-1])
         if self.weight is not None:
-            logits = nn.functional.linear(features, self.weight, self.bias)
+            logits = nn.functional.linear(rows, self.weight, self.bias)
         else:
-            logits = self.module(features)
+            logits = self.module(rows)
             if self.token_ids is not None:
-                logits = logits[..., self.token_ids]
+                logits = logits[:, self.token_ids]
+        logits = logits.unflatten(0, features.shape[:-1])
         if self.multiplier != 1.0:
             logits = logits * self.multiplier
         if self.softcap is not None:

@@ -107,7 +107,7 @@ def test_target_decides_on_vocabulary_special_tokens_and_length(eagle, tmp_path,
     config = head.config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (3, [4, 5], 6)
     assert (config.vocab_size, config.max_position_embeddings) == (211, 777)
-    assert config.target_model_name == str(target)
+    assert config.target_model_name is None  # a folder's path means nothing on another machine
     assert not any("embed_tokens" in name for name in load_file(tmp_path / "head" / "model.safetensors"))
 
 
