@@ -173,6 +173,8 @@ class DecodingLoop:
         model_inputs = self.target.prepare_inputs_for_generation(
             tree.tokens, next_sequence_length=tree.num_nodes, **kwargs
         )
+        # Set last, because some families make their own of both
+        model_inputs["position_ids"] = kwargs["position_ids"]
         model_inputs["attention_mask"] = tree_attention_mask(tree, self.cache, self.target, padding_mask)
         return self.target(**model_inputs, return_dict=True)
 

@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Recording:
-    """What one forward pass hands to the LM head: all rows are kept, the last `logits_to_keep` are passed on."""
+    """What forward passes hand to the LM head: all rows are kept, the last `logits_to_keep` are passed on."""
 
+    tap: FeatureTap
     logits_to_keep: int | None
     features: list[torch.Tensor] = field(default_factory=list)
+
+
+# Of the running thread, so that a tap stays blind to what other threads do with the same target
+_recording: ContextVar[_Recording | None] = ContextVar("fspad_recording", default=None)
 
 
 class FeatureTap:
@@ -46,7 +51,6 @@ class FeatureTap:
                 f"{type(target).__name__} has no output embeddings (LM head) to take features from; "
                 "load the target with `AutoModelForCausalLM`."
             )
-        self._recording: ContextVar[_Recording | None] = ContextVar("fspad_recording", default=None)
 
     def __enter__(self) -> FeatureTap:
         self._handle = self.lm_head.register_forward_pre_hook(self._on_forward, with_kwargs=True)
@@ -67,16 +71,16 @@ class FeatureTap:
         Yields:
             A list that grows by one tensor of shape `(batch, length, hidden)` a forward pass.
         """
-        recording = _Recording(logits_to_keep)
-        token = self._recording.set(recording)
+        recording = _Recording(self, logits_to_keep)
+        token = _recording.set(recording)
         try:
             yield recording.features
         finally:
-            self._recording.reset(token)
+            _recording.reset(token)
 
     def _on_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        recording = self._recording.get()
-        if recording is None:
+        recording = _recording.get()
+        if recording is None or recording.tap is not self:
             return None
         hidden_states, *rest = args or (next(iter(kwargs.values())),)
         recording.features.append(hidden_states)

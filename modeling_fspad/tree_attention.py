@@ -45,6 +45,9 @@ def choose_verification(target: PreTrainedModel, cache: Cache | None) -> tuple[V
     layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     if target._is_stateful or layer_types & {"linear_attention", "hybrid", "hybrid_sliding"}:
         return VerificationMode.PLAIN, f"{name} has a recurrent state that cannot be rolled back"
+    if "prepare_inputs_for_generation" in vars(target):
+        # PEFT does this for prompt and prefix tuning, whose virtual tokens have no ids, embeddings or positions here
+        return VerificationMode.PLAIN, f"a wrapper of {name} adds virtual tokens to its inputs"
     if type(cache) is not DynamicCache:
         return VerificationMode.PLAIN, f"{type(cache).__name__} cannot be rolled back"
     cache_layers = {type(layer) for layer in cache.layers} or {DynamicLayer}

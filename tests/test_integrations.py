@@ -29,6 +29,20 @@ def test_peft_target(adapts_lm_head):
         assert draft_vocab_size or output.accept_lengths.max() > 1
 
 
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_targets_with_virtual_tokens_decode_plainly(config):
+    import peft
+
+    target = make_target(vocab_size=9)
+    wrapped = peft.get_peft_model(target, getattr(peft, config)(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    plain = wrapped.generate(input_ids=PROMPT, **OPTIONS)
+    output = wrapped.generate(
+        input_ids=PROMPT, assistant_model=make_head(target), return_dict_in_generate=True, **OPTIONS
+    )
+    assert torch.equal(output.sequences, plain)
+    assert set(output.accept_lengths.tolist()) == {1}
+
+
 def test_pipeline():
     letters = {letter: i for i, letter in enumerate("_abcdefgh")}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="_"))
