@@ -158,8 +158,22 @@ def _hub_id(target_config: PreTrainedConfig) -> str | None:
 
 
 def _first_int(config: PreTrainedConfig, *names: str) -> int | None:
-    """The first of these fields that holds one integer (some families keep a list, one value a layer)."""
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    """The first of these fields that holds one integer for all layers."""
+    return next((value for name in names if isinstance(value := common_value(config, name), int)), None)
+
+
+def common_value(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
+    """A field of a target's configuration, or the default where its layers differ in it.
+
+    Args:
+        config: Configuration of a target.
+        name: The field.
+        default: For a field that is missing or has no one value.
+    """
+    try:
+        return getattr(config, name, default)
+    except RuntimeError:  # what transformers raises for a field with one value a layer
+        return default
 
 
 def _attention_shape(text: PreTrainedConfig) -> dict[str, int]:
@@ -176,7 +190,8 @@ def _attention_shape(text: PreTrainedConfig) -> dict[str, int]:
 def _flat_rope_parameters(text: PreTrainedConfig) -> dict[str, Any] | None:
     """One set of RoPE parameters for the head's one full-attention layer, whose every dimension rotates."""
     rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    if per_layer_type := [value for value in rope.values() if isinstance(value, dict)]:
+        rope = rope.get("full_attention") or per_layer_type[0]
     if not isinstance(rope.get("rope_theta"), int | float):
         return None
     left_out = {"partial_rotary_factor", "mrope_section", "mrope_interleaved"}

@@ -189,3 +189,13 @@ def check_target(config: FSPADConfig, target: PreTrainedModel) -> None:
                 f"this FSPAD head does not fit the target: the head has {name}={expected}, {type(target).__name__} has "
                 f"{name}={got}.{trained_for} Load the head that belongs to this target."
             )
+    sizes = {
+        "token embeddings": getattr(target.get_input_embeddings(), "embedding_dim", config.hidden_size),
+        "LM head inputs": getattr(target.get_output_embeddings(), "in_features", config.hidden_size),
+    }
+    for name, size in sizes.items():
+        if size != config.hidden_size:
+            raise ValueError(
+                f"an FSPAD head needs {name} of the hidden size {config.hidden_size}, those of {type(target).__name__} "
+                f"have size {size}: this target cannot be assisted."
+            )

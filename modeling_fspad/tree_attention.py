@@ -7,19 +7,23 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from .configuration_fspad import common_value
 from .tree import DraftTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Layers that use the keys and values of others have an empty cache layer, which older releases do not know
+SHARED_LAYER = getattr(cache_utils, "DummyLayer", DynamicLayer)
 # What is known to verify a tree exactly. Anything else gets the chain.
 TREE_LAYER_TYPES = {"full_attention", "sliding_attention"}
-TREE_CACHE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
+TREE_CACHE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, SHARED_LAYER}
 TREE_ATTENTION = {"eager", "sdpa"}
 # What can be rolled back token by token. Anything else gets plain decoding.
-CHAIN_CACHE_LAYERS = (DynamicLayer, LinearAttentionLayer)
+CHAIN_CACHE_LAYERS = (DynamicLayer, LinearAttentionLayer, SHARED_LAYER)
 
 
 class VerificationMode(Enum):
@@ -45,6 +49,9 @@ def choose_verification(target: PreTrainedModel, cache: Cache | None) -> tuple[V
     layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     if target._is_stateful or layer_types & {"linear_attention", "hybrid", "hybrid_sliding"}:
         return VerificationMode.PLAIN, f"{name} has a recurrent state that cannot be rolled back"
+    forward_arguments = inspect.signature(target.forward).parameters
+    if "past_key_values" not in forward_arguments:
+        return VerificationMode.PLAIN, f"{name} has no cache"
     if "prepare_inputs_for_generation" in vars(target):
         # PEFT does this for prompt and prefix tuning, whose virtual tokens have no ids, embeddings or positions here
         return VerificationMode.PLAIN, f"a wrapper of {name} adds virtual tokens to its inputs"
@@ -57,11 +64,11 @@ def choose_verification(target: PreTrainedModel, cache: Cache | None) -> tuple[V
     attention = text_config._attn_implementation
     if attention not in TREE_ATTENTION:
         return VerificationMode.CHAIN, f"the attention implementation {attention!r} takes no tree mask"
-    if not (layer_types <= TREE_LAYER_TYPES and cache_layers <= TREE_CACHE_LAYERS):
+    has_window = isinstance(common_value(text_config, "sliding_window"), int) or layer_types == {"full_attention"}
+    if not (layer_types <= TREE_LAYER_TYPES and cache_layers <= TREE_CACHE_LAYERS and has_window):
         return VerificationMode.CHAIN, f"{name} has layers that are not known to verify a tree exactly"
     # Models outside of the attention interface derive positions or masks from cache slots, some of them in silence
-    takes_positions = "position_ids" in inspect.signature(target.forward).parameters
-    if not (takes_positions and target._supports_attention_backend):
+    if not ("position_ids" in forward_arguments and target._supports_attention_backend):
         return VerificationMode.CHAIN, f"{name} derives positions from cache slots"
     if getattr(cache, "offloading", False):
         return VerificationMode.CHAIN, "the cache is offloaded"
@@ -118,14 +125,15 @@ def tree_attention_mask(
     """
     text_config = target.config.get_text_config(decoder=True)
     layer_types = getattr(text_config, "layer_types", None)
-    sliding_window = getattr(text_config, "sliding_window", None)
+    sliding_window = common_value(text_config, "sliding_window")
     if layer_types is None:
         return _additive_mask(tree, cache, 0, sliding_window, padding_mask, target.dtype)
     masks = {}
     for layer_type in dict.fromkeys(layer_types):
         # The layer that the target itself would size this mask by
         is_sliding = layer_type == "sliding_attention"
-        layer_idx = next((i for i, sliding in enumerate(cache.is_sliding) if sliding == is_sliding), 0)
+        sized = (i for i, layer in enumerate(cache.layers) if hasattr(layer, "get_mask_sizes"))
+        layer_idx = next((i for i in sized if cache.is_sliding[i] == is_sliding), 0)
         window = sliding_window if is_sliding else None
         masks[layer_type] = _additive_mask(tree, cache, layer_idx, window, padding_mask, target.dtype)
     return masks

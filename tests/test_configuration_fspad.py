@@ -22,6 +22,9 @@ TARGET_CONFIGS = {
     "phi (partial rotation)": transformers.PhiConfig(**SMALL, num_attention_heads=4, partial_rotary_factor=0.5),
     "phi3": transformers.Phi3Config(**SMALL, **HEADS, pad_token_id=0),
     "gemma3 (two ropes)": transformers.Gemma3TextConfig(**SMALL, **HEADS, head_dim=8),
+    "gemma4 (layers of two head sizes)": transformers.Gemma4TextConfig(
+        **SMALL, **HEADS, head_dim=8, global_head_dim=16
+    ),
     "gemma3 (multimodal)": transformers.Gemma3Config(
         text_config={**SMALL, **HEADS, "head_dim": 8},
         vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},

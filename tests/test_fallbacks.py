@@ -130,6 +130,14 @@ def test_recurrent_targets_decode_plainly(messages):
     assert any("plain decoding" in message and "recurrent" in message for message in messages)
 
 
+def test_targets_without_a_cache_decode_plainly(messages):
+    target = build(transformers.OpenAIGPTConfig(vocab_size=9, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    options = {"max_new_tokens": 12, "do_sample": False}
+    output = target.generate(PROMPT, assistant_model=make_head(target), return_dict_in_generate=True, **options)
+    assert torch.equal(output.sequences, target.generate(PROMPT, **options))
+    assert any("has no cache" in message for message in messages)
+
+
 def test_batches_decode_plainly(messages):
     target = make_target(vocab_size=9)
     head = make_head(target)

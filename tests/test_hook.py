@@ -97,6 +97,15 @@ def test_heads_of_other_targets_are_refused():
         target.generate(PROMPT, assistant_model=make_head(make_target(vocab_size=50)))
 
 
+def test_targets_with_other_embedding_sizes_are_refused():
+    config = transformers.OPTConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=16
+    )
+    target = transformers.OPTForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="needs token embeddings of the hidden size 32, those of OPTForCausalLM have"):
+        target.generate(PROMPT, assistant_model=make_head(make_target()), max_new_tokens=5)
+
+
 def test_bad_knobs_and_prompts_are_refused():
     target = make_target()
     head = make_head(target)
