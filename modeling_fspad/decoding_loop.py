@@ -56,6 +56,7 @@ class DecodingLoop:
         self.mode = mode
         self.generation_config = generation_config
         self.model_kwargs = dict(model_kwargs)
+        self.num_padding = 0
         self.accept_lengths: list[int] = []
         self.hidden_states: tuple = ()
         self.attentions: tuple = ()

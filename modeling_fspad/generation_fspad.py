@@ -46,8 +46,11 @@ class FSPADGenerateOutput(GenerateDecoderOnlyOutput):
     verify_time: float | None = None
 
 
-class FSPADGenerationMixin:
-    """Assisted decoding for a head. Mixed into the model, as `GenerationMixin` is into causal language models."""
+class AssistedDecodingMixin:
+    """Assisted decoding for a head, mixed into the model.
+
+    The name must not end like that of `GenerationMixin`: transformers would take the head for a model that generates.
+    """
 
     @torch.no_grad()
     def assisted_decoding(

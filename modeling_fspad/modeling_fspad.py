@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from transformers.utils import ModelOutput
 
 from .configuration_fspad import FSPADConfig
-from .generation_fspad import FSPADGenerationMixin
+from .generation_fspad import AssistedDecodingMixin
 from .hook import install_hook
 from .target import check_target
 
@@ -102,7 +102,7 @@ class PartialAlignmentLayer(nn.Module):
         return predict, regress[0] if regress else predict
 
 
-class FSPADModel(FSPADGenerationMixin, PreTrainedModel):
+class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
     """An FSPAD draft head, to be passed as `assistant_model` to the `generate` of its target.
 
     Args:
