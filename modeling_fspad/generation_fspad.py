@@ -16,7 +16,7 @@ from .decoding_loop import DecodingLoop
 from .drafting import Drafter, DraftingKnobs
 from .plain_decoding import decode_plainly
 from .target import check_target
-from .tree_attention import VerificationMode, choose_verification
+from .tree_attention import VerificationMode, choose_verification, learned_positions
 from .verification import TokenChooser
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class AssistedDecodingMixin:
         elif synced_gpus:
             mode, reason = VerificationMode.PLAIN, "ranks run in step (synced_gpus)"
         self._explain(target, mode, reason)
-        self._check_length(input_ids)
+        self._check_length(target, input_ids)
 
         if mode is VerificationMode.PLAIN:
             output, accept_lengths = decode_plainly(
@@ -159,11 +159,16 @@ class AssistedDecodingMixin:
                     f"`head.to({theirs!r})` saves that."
                 )
 
-    def _check_length(self, input_ids: torch.LongTensor) -> None:
-        if input_ids.shape[1] > self.config.max_position_embeddings:
+    def _check_length(self, target: PreTrainedModel, input_ids: torch.LongTensor) -> None:
+        length, limit = input_ids.shape[1], learned_positions(target)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"the prompt has {length} tokens, {type(target).__name__} has {limit} positions: shorten the prompt."
+            )
+        if length > self.config.max_position_embeddings:
             logger.warning_once(
-                f"The prompt has {input_ids.shape[1]} tokens, the FSPAD head was made for "
-                f"{self.config.max_position_embeddings}: the text stays the same, but fewer drafts may be accepted."
+                f"The prompt has {length} tokens, the FSPAD head was made for {self.config.max_position_embeddings}: "
+                "the text stays the same, but fewer drafts may be accepted."
             )
 
 

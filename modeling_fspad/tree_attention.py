@@ -75,11 +75,19 @@ def choose_verification(target: PreTrainedModel, cache: Cache | None) -> tuple[V
     return VerificationMode.TREE, None
 
 
+def learned_positions(target: PreTrainedModel) -> int | None:
+    """Length of a target's table of learned positions; `None` for other kinds of positions."""
+    text_config = target.config.get_text_config(decoder=True)
+    limit = common_value(text_config, "max_position_embeddings")
+    has_table = not getattr(text_config, "rope_parameters", None) and not getattr(text_config, "alibi", False)
+    return limit if has_table and isinstance(limit, int) else None
+
+
 def max_draft_depth(target: PreTrainedModel, root_position: int) -> int | None:
     """How deep a tree may grow before its positions change what plain decoding would compute.
 
-    Learned positions end at `max_position_embeddings`. Dynamic and long RoPE change the frequencies of the whole forward
-    pass with the largest position in it, so a tree must not be the first to cross their limit.
+    Learned positions end with their table. Dynamic and long RoPE change the frequencies of the whole forward pass with
+    the largest position in it, so a tree must not be the first to cross their limit.
 
     Args:
         target: The model that verifies.
@@ -89,20 +97,15 @@ def max_draft_depth(target: PreTrainedModel, root_position: int) -> int | None:
         The number of levels below the root; `None` for no limit.
     """
     text_config = target.config.get_text_config(decoder=True)
-    rope = getattr(text_config, "rope_parameters", None)
-    limit = getattr(text_config, "max_position_embeddings", None)
-    if rope:
+    limit = learned_positions(target)
+    if rope := getattr(text_config, "rope_parameters", None):
         per_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-        rope_types = {value.get("rope_type", "default") for value in per_layer_type}
-        if "longrope" in rope_types:
-            limit = min(value.get("original_max_position_embeddings", limit) for value in per_layer_type)
-            if root_position >= limit:
-                return None
-        elif "dynamic" not in rope_types:
-            return None
-    if not isinstance(limit, int):
-        return None
-    return max(0, limit - 1 - root_position)
+        ropes = {value.get("rope_type"): value for value in per_layer_type}
+        if "dynamic" in ropes:
+            limit = text_config.max_position_embeddings
+        elif "longrope" in ropes and root_position < ropes["longrope"]["original_max_position_embeddings"]:
+            limit = ropes["longrope"]["original_max_position_embeddings"]
+    return None if limit is None else max(0, limit - 1 - root_position)
 
 
 def tree_attention_mask(

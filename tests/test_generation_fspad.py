@@ -467,6 +467,12 @@ def test_positions_end_where_the_target_ends():
     )
 
 
+def test_prompts_longer_than_the_targets_positions_are_refused():
+    target = make_target("gpt2", vocab_size=9, n_positions=24)
+    with pytest.raises(ValueError, match="the prompt has 25 tokens, GPT2LMHeadModel has 24 positions"):
+        target.generate(torch.ones(1, 25, dtype=torch.long), assistant_model=make_head(target), max_new_tokens=2)
+
+
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "yarn", "llama3"])
 def test_rope_scalings_of_the_target(rope_type):
     rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
