@@ -42,9 +42,8 @@ class ExampleArguments:
     )
     cache_features: bool = field(default=False, metadata={"help": "Compute the target's features once, onto disk."})
     draft_vocab_size: int = field(default=8192, metadata={"help": "Tokens the head scores; 0 for all."})
-    intermediate_size: int | None = field(default=None, metadata={"help": "Width of the head's MLPs; the target's."})
     num_eval_dialogs: int = field(default=100, metadata={"help": "Dialogues kept out of training to evaluate on."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest synthesised answer."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest synthesised answer."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
 
 
@@ -53,13 +52,15 @@ class TrainingArguments(FSPADTrainingArguments):
     """The paper's training arguments, where a target of 135M and a few thousand dialogues want no others."""
 
     bf16: bool = field(default=True, metadata={"help": "Compute in bf16; the head's weights stay in fp32."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Larger than the paper's, as the head is smaller."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Larger than the paper's, as the head is smaller."})
+    num_train_epochs: float = field(default=7, metadata={"help": "Passes over the dialogues."})
     warmup_steps: float = field(default=200, metadata={"help": "Shorter than the paper's, as the dataset is smaller."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Dialogues in a batch."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Dialogues in an evaluation batch."})
     train_sampling_strategy: str = field(default="group_by_length", metadata={"help": "Wastes little on padding."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    save_steps: float = field(default=250, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     report_to: str = field(default="none", metadata={"help": "Where to send the log to."})
 
@@ -94,8 +95,7 @@ def make_head(
     example: ExampleArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
 ) -> FSPADModel:
     """Make an untrained head that scores the tokens which the target writes most often."""
-    sizes = {} if example.intermediate_size is None else {"intermediate_size": example.intermediate_size}
-    head = FSPADModel.from_target(target, FSPADConfig.from_target(target.config, **sizes))
+    head = FSPADModel.from_target(target, FSPADConfig.from_target(target.config))
     if example.draft_vocab_size:
         counts = count_token_frequencies(dataset, target.config.vocab_size)
         ids = most_frequent_tokens(counts, example.draft_vocab_size, tokenizer.all_special_ids)
