@@ -196,10 +196,8 @@ def _flat_rope_parameters(text: PreTrainedConfig) -> dict[str, Any] | None:
         return None
     left_out = {"partial_rotary_factor", "mrope_section", "mrope_interleaved"}
     rope = {name: value for name, value in rope.items() if name not in left_out}
-    known_types = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-    if rope.get("rope_type") not in known_types or (
-        rope["rope_type"] == "longrope" and "partial_rotary_factor" in text
-    ):
+    # Dynamic and long RoPE would change the head's frequencies while it runs, and leave them changed
+    if rope.get("rope_type") not in ("default", "linear", "yarn", "llama3"):
         rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
 

@@ -17,8 +17,10 @@ from .tree import DraftTree
 from .tree_attention import (
     VerificationMode,
     attentions_of_path,
+    check_rollback,
     hidden_states_of_path,
     keep_accepted,
+    learned_positions,
     max_draft_depth,
     stop_recording,
     tree_attention_mask,
@@ -57,6 +59,7 @@ class DecodingLoop:
         self.generation_config = generation_config
         self.model_kwargs = dict(model_kwargs)
         self.num_padding = 0
+        self.table_length = learned_positions(target)
         self.accept_lengths: list[int] = []
         self.hidden_states: tuple = ()
         self.attentions: tuple = ()
@@ -78,11 +81,13 @@ class DecodingLoop:
         """
         if "logits_to_keep" in self.model_kwargs:
             self.model_kwargs["logits_to_keep"] = 0  # all rows, of which the tap passes on those that are needed
-        with FeatureTap(self.target) as tap:
-            input_ids, is_done = self._prefill(tap, input_ids)
-            while not is_done:
-                input_ids, is_done = self._step(tap, input_ids)
-        stop_recording(self.cache)
+        try:
+            with FeatureTap(self.target) as tap:
+                input_ids, is_done = self._prefill(tap, input_ids)
+                while not is_done:
+                    input_ids, is_done = self._step(tap, input_ids)
+        finally:
+            stop_recording(self.cache)
         return input_ids
 
     def _prefill(self, tap: FeatureTap, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, bool]:
@@ -94,6 +99,7 @@ class DecodingLoop:
         features = torch.cat(recorded, dim=1)  # (1, new length, hidden), chunks joined
         self._record(outputs)
         self._advance(outputs, num_new_tokens=1)
+        check_rollback(self.cache)
         self.cache.activate_past_recording()
         input_ids, is_done = self.chooser.choose(input_ids, outputs.logits[:, -1])
         if not is_done:
@@ -127,39 +133,39 @@ class DecodingLoop:
         """Draft a tree, verify it, and emit what the target accepts."""
         with self.draft_watch.running():
             tree = self.drafter.draft(input_ids[:, -1:], self._useful_depth(input_ids))
+        path: list[int] = []
         with self.verify_watch.running():
             with tap.record() as recorded:
                 outputs = self._verify(tree, input_ids)
-            acceptance = accept(tree, outputs.logits, input_ids, self.chooser)
-            path, num_accepted = acceptance.path, acceptance.path.numel()
+            try:
+                input_ids, is_done = accept(tree, outputs.logits, input_ids, self.chooser, path)
+            finally:
+                # Whatever is raised on the way, a cache of the user's must not keep rejected drafts
+                keep_accepted(self.cache, path, tree.num_nodes)
             self._record(outputs, path, tree.num_nodes)
-            keep_accepted(self.cache, path, tree.num_nodes)
-        self.accept_lengths.append(num_accepted)
-        self._advance(outputs, num_accepted)
-        if not acceptance.is_done:
+        self.accept_lengths.append(len(path))
+        self._advance(outputs, len(path))
+        if not is_done:
             with self.draft_watch.running():
-                new_ids = acceptance.input_ids[:, -num_accepted:]
                 last = self.drafter.last_position
                 self.drafter.extend(
-                    features=recorded[0][:, path.to(recorded[0].device)],
-                    next_embeds=embed_tokens(self.target, new_ids),
-                    position_ids=last + 1 + torch.arange(num_accepted, device=last.device),
+                    features=recorded[0][:, torch.tensor(path, device=recorded[0].device)],
+                    next_embeds=embed_tokens(self.target, input_ids[:, -len(path) :]),
+                    position_ids=last + 1 + torch.arange(len(path), device=last.device),
                 )
-        return acceptance.input_ids, acceptance.is_done
+        return input_ids, is_done
 
     def _useful_depth(self, input_ids: torch.LongTensor) -> int:
         """Levels of drafts that could still be emitted; the step itself emits one token more."""
         useful = self.chooser.stopping_criteria.max_length - input_ids.shape[1] - 1
         root_position = self.cache.get_seq_length() - self.num_padding
-        limit = max_draft_depth(self.target, root_position)
+        limit = max_draft_depth(self.target, root_position, self.table_length)
         return max(0, useful if limit is None else min(useful, limit))
 
     def _verify(self, tree: DraftTree, input_ids: torch.LongTensor) -> ModelOutput:
         """Run the target on all nodes of the tree: root, then drafts. Logits of shape `(1, nodes, vocab)`."""
         if self.mode is VerificationMode.CHAIN:
-            kwargs = self.target._update_model_kwargs_for_generation(
-                ModelOutput(), copy.copy(self.model_kwargs), num_new_tokens=tree.num_nodes - 1
-            )
+            kwargs = self._extended(ModelOutput(), tree.num_nodes - 1)
             model_inputs = self.target.prepare_inputs_for_generation(
                 torch.cat([input_ids, tree.tokens[:, 1:]], dim=1), next_sequence_length=tree.num_nodes, **kwargs
             )
@@ -180,11 +186,16 @@ class DecodingLoop:
         return self.target(**model_inputs, return_dict=True)
 
     def _advance(self, outputs: ModelOutput, num_new_tokens: int) -> None:
-        self.model_kwargs = self.target._update_model_kwargs_for_generation(
-            outputs, self.model_kwargs, num_new_tokens=num_new_tokens
-        )
+        self.model_kwargs = self._extended(outputs, num_new_tokens)
 
-    def _record(self, outputs: ModelOutput, path: torch.LongTensor | None = None, num_nodes: int = 0) -> None:
+    def _extended(self, outputs: ModelOutput, num_new_tokens: int) -> dict[str, Any]:
+        """The model inputs with room for new tokens: one at a time, because plain decoding repeats the last type."""
+        kwargs = copy.copy(self.model_kwargs)
+        for _ in range(num_new_tokens):
+            kwargs = self.target._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
+        return kwargs
+
+    def _record(self, outputs: ModelOutput, path: list[int] | None = None, num_nodes: int = 0) -> None:
         """Keep hidden states and attentions, if asked for, one entry a token as in plain decoding."""
         if not self.generation_config.return_dict_in_generate:
             return

@@ -83,8 +83,8 @@ class Drafter:
             past = self.padding_mask if self.padding_mask is not None else ones
             new = padding_mask if padding_mask is not None else torch.ones_like(position_ids)
             self.padding_mask = torch.cat([past, new.to(past.device)], dim=1)
-        output = self._run_head(features, next_embeds, position_ids, self.padding_mask)
-        self.last_predict, self.last_regress = output.predict[:, -1:], output.regress[:, -1:]
+        predict, regress = self._run_head(features, next_embeds, position_ids, self.padding_mask)
+        self.last_predict, self.last_regress = predict[:, -1:], regress[:, -1:]
         self.last_position = position_ids[:, -1:]
 
     def draft(self, root_tokens: torch.LongTensor, max_depth: int) -> DraftTree:
@@ -95,7 +95,7 @@ class Drafter:
             max_depth: Levels that may still be of use, e.g. because few tokens may still be generated.
 
         Returns:
-            The best tree within the knobs.
+            The best tree within the knobs, on the device of `root_tokens`.
         """
         num_levels = min(self.knobs.depth + 1, max_depth, self.knobs.num_draft_tokens)
         nodes = DraftedNodes()
@@ -106,7 +106,8 @@ class Drafter:
                     break
                 frontier = self._next_level(nodes, frontier, level)
             self.cache.crop(-(frontier.visible.shape[-1] - frontier.visible.shape[1]))
-        return nodes.best_tree(root_tokens, self.knobs.num_draft_tokens)
+        tree = nodes.best_tree(root_tokens.to(self.lm_head.device), self.knobs.num_draft_tokens)
+        return tree.to(root_tokens.device)
 
     def _first_level(self, nodes: DraftedNodes) -> _Frontier:
         tokens, scores = self._best_children(self.last_predict)  # (batch, 1, top_k)
@@ -126,8 +127,8 @@ class Drafter:
         batch, width = frontier.tokens.shape
         embeds = embed_tokens(self.target, frontier.tokens)
         position_ids = (self.last_position + level).expand(-1, width)
-        output = self._run_head(frontier.features, embeds, position_ids, self._tree_mask(frontier.visible))
-        tokens, log_probs = self._best_children(output.predict)  # (batch, width, top_k)
+        predict, regress = self._run_head(frontier.features, embeds, position_ids, self._tree_mask(frontier.visible))
+        tokens, log_probs = self._best_children(predict)  # (batch, width, top_k)
         top_k = tokens.shape[-1]
         scores = (frontier.scores[..., None] + log_probs).flatten(1)  # (batch, width * top_k)
         tokens = tokens.flatten(1)
@@ -142,7 +143,7 @@ class Drafter:
         own = torch.eye(best.indices.shape[1], dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         return _Frontier(
             tokens=tokens.gather(1, best.indices),
-            features=of_parents(output.regress),
+            features=of_parents(regress),
             scores=best.values,
             indices=first + best.indices,
             visible=torch.cat([of_parents(frontier.visible), own], dim=-1),
@@ -167,9 +168,10 @@ class Drafter:
         next_embeds: torch.Tensor,
         position_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`predict` and `regress` of the head, on the device of the LM head, where drafts are scored and chosen."""
         device, dtype = self.head.device, self.head.dtype
-        return self.head(
+        output = self.head(
             features=features.to(device=device, dtype=dtype),
             inputs_embeds=next_embeds.to(device=device, dtype=dtype),
             position_ids=position_ids.to(device),
@@ -177,6 +179,7 @@ class Drafter:
             past_key_values=self.cache,
             use_cache=True,
         )
+        return output.predict.to(self.lm_head.device), output.regress.to(self.lm_head.device)
 
     def _tree_mask(self, visible: torch.BoolTensor) -> torch.Tensor:
         """Additive mask of shape `(batch, 1, width, true positions + drafted rows)` in the head's dtype."""

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .decoding_loop import DecodingLoop
 from .drafting import Drafter, DraftingKnobs
 from .plain_decoding import decode_plainly
-from .target import check_target
+from .target import check_target, device_of
 from .tree_attention import VerificationMode, choose_verification, learned_positions
 from .verification import TokenChooser
 
@@ -99,7 +99,6 @@ class AssistedDecodingMixin:
         elif synced_gpus:
             mode, reason = VerificationMode.PLAIN, "ranks run in step (synced_gpus)"
         self._explain(target, mode, reason)
-        self._check_length(target, input_ids)
 
         if mode is VerificationMode.PLAIN:
             output, accept_lengths = decode_plainly(
@@ -116,6 +115,7 @@ class AssistedDecodingMixin:
                 return output
             return FSPADGenerateOutput(**output, accept_lengths=accept_lengths, draft_time=0.0, verify_time=0.0)
 
+        self._check_length(target, input_ids, model_kwargs.get("attention_mask"))
         chooser = TokenChooser(
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
@@ -150,7 +150,7 @@ class AssistedDecodingMixin:
         elif mode is VerificationMode.PLAIN:
             logger.warning_once(f"FSPAD falls back to plain decoding: {reason}.")
         for name, ours, theirs in (
-            ("device", self.device, target.get_output_embeddings().weight.device),
+            ("device", self.device, device_of(target.get_output_embeddings())),
             ("dtype", self.dtype, target.dtype),
         ):
             if ours != theirs:
@@ -159,8 +159,9 @@ class AssistedDecodingMixin:
                     f"`head.to({theirs!r})` saves that."
                 )
 
-    def _check_length(self, target: PreTrainedModel, input_ids: torch.LongTensor) -> None:
-        length, limit = input_ids.shape[1], learned_positions(target)
+    def _check_length(self, target: PreTrainedModel, input_ids: torch.LongTensor, padding_mask: Any) -> None:
+        length = input_ids.shape[1] if padding_mask is None else int(padding_mask.sum(-1).max())
+        limit = learned_positions(target)
         if limit is not None and length > limit:
             raise ValueError(
                 f"the prompt has {length} tokens, {type(target).__name__} has {limit} positions: shorten the prompt."

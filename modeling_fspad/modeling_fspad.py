@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 from .configuration_fspad import FSPADConfig
 from .generation_fspad import AssistedDecodingMixin
 from .hook import install_hook
-from .target import check_target
+from .target import check_target, device_of
 
 
 @dataclass
@@ -143,8 +143,7 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
         """
         config = FSPADConfig.from_target(target.config) if config is None else config
         check_target(config, target)
-        head = cls(config).to(device=target.get_output_embeddings().weight.device)
-        return head.to(dtype=target.dtype).eval()
+        return cls(config).to(device=device_of(target.get_output_embeddings()), dtype=target.dtype).eval()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> FSPADModel:
@@ -162,7 +161,8 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
             ValueError: If the checkpoint lacks weights, or holds some that the head has no place for.
         """
         head, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        # A draft vocabulary may be turned off while loading
+        missing, unknown = sorted(report["missing_keys"]), sorted(set(report["unexpected_keys"]) - {"draft_vocab_ids"})
         if missing or unknown:
             raise ValueError(
                 f"the checkpoint does not match its config.json: missing weights {missing}, unknown weights {unknown}. "
@@ -272,13 +272,12 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
             save_directory: Folder to write to.
             **kwargs: As in [`~transformers.PreTrainedModel.save_pretrained`].
         """
-        vocab_ids = self.active_draft_vocab_ids
-        if kwargs.get("state_dict") is None and vocab_ids is not getattr(self, "draft_vocab_ids", None):
-            state_dict = {name: value for name, value in self.state_dict().items() if name != "draft_vocab_ids"}
-            if vocab_ids is not None:
-                state_dict["draft_vocab_ids"] = vocab_ids.clone()
-            kwargs["state_dict"] = state_dict
-        super().save_pretrained(save_directory, **kwargs)
+        state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
+        # As many draft tokens as the config says, which may have been lowered since the head was made
+        state_dict.pop("draft_vocab_ids", None)
+        if (vocab_ids := self.active_draft_vocab_ids) is not None:
+            state_dict["draft_vocab_ids"] = vocab_ids.clone()
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
 # At module level: a head that came by remote code must be savable with its code, and its import be all `generate` needs.

@@ -43,6 +43,9 @@ def decode_plainly(
     """
     criteria = _CountingCriteria(stopping_criteria)
     output = type(target)._sample(target, input_ids, stopping_criteria=criteria, **kwargs)
-    # A row emits a token in a step if it was running before it; the first token is the prefill's
-    accept_lengths = torch.stack(criteria.running, dim=1)[:, :-1].long()
+    # A row emits a token in a step if it was running before it; the first token is the prefill's. Some devices run a step
+    # more than they return.
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    num_steps = sequences.shape[1] - input_ids.shape[1] - 1
+    accept_lengths = torch.stack(criteria.running, dim=1)[:, :num_steps].long()
     return output, accept_lengths[0] if input_ids.shape[0] == 1 else accept_lengths

@@ -78,7 +78,10 @@ class FeatureTap:
         finally:
             _recording.reset(token)
 
-    def _on_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def _on_forward(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple, dict] | None:
+        # Without keyword arguments comes only the forward pass of another thread, while this hook comes or goes
         recording = _recording.get()
         if recording is None or recording.tap is not self:
             return None
@@ -93,6 +96,16 @@ class FeatureTap:
         return args, {**kwargs, next(iter(kwargs)): kept}
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: not where its weight lies, if accelerate offloads it.
+
+    Args:
+        module: A module with a `weight`.
+    """
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return module.weight.device if device is None else torch.device(device)
+
+
 class LMHead:
     """The target's map from features to logits, for scoring drafts and for the training loss.
 
@@ -105,14 +118,16 @@ class LMHead:
 
     def __init__(self, target: PreTrainedModel, token_ids: torch.Tensor | None = None):
         self.module = target.get_output_embeddings()
+        self.device = device_of(self.module)
         self.token_ids = None
         self.weight = self.bias = None
         text_config = target.config.get_text_config(decoder=True)
         self.multiplier = _logit_multiplier(text_config)
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         if token_ids is not None:
-            self.token_ids = token_ids.to(self.module.weight.device)
-            if type(self.module) is nn.Linear and self.module.weight.is_floating_point():
+            self.token_ids = token_ids.to(self.device)
+            is_plain = type(self.module) is nn.Linear and self.module.weight.is_floating_point()
+            if is_plain and not self.module.weight.is_meta:
                 self.weight = self.module.weight.detach()[self.token_ids]
                 self.bias = None if self.module.bias is None else self.module.bias.detach()[self.token_ids]
 
@@ -128,7 +143,7 @@ class LMHead:
         weight = self.module.weight
         dtype = weight.dtype if weight.is_floating_point() else features.dtype
         # As one matrix: of three-dimensional views, a CPU would copy the weight for every product
-        rows = features.to(device=weight.device, dtype=dtype).reshape(-1, features.shape[-1])
+        rows = features.to(device=self.device, dtype=dtype).reshape(-1, features.shape[-1])
         if self.weight is not None:
             logits = nn.functional.linear(rows, self.weight, self.bias)
         else:
@@ -162,7 +177,7 @@ def embed_tokens(target: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tens
         Embeddings of shape `(batch, length, hidden)` in the target's dtype.
     """
     embeddings = target.get_input_embeddings()
-    return embeddings(token_ids.to(embeddings.weight.device))
+    return embeddings(token_ids.to(device_of(embeddings)))
 
 
 def check_target(config: FSPADConfig, target: PreTrainedModel) -> None:

@@ -32,6 +32,10 @@ class DraftTree:
         """
         return cls(tokens, torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool)[..., None])
 
+    def to(self, device: torch.device) -> DraftTree:
+        """The same tree on another device."""
+        return DraftTree(self.tokens.to(device), self.parents.to(device), self.ancestors.to(device))
+
     @property
     def num_nodes(self) -> int:
         """Nodes of the tree, the root included."""

@@ -55,6 +55,8 @@ def choose_verification(target: PreTrainedModel, cache: Cache | None) -> tuple[V
     if "prepare_inputs_for_generation" in vars(target):
         # PEFT does this for prompt and prefix tuning, whose virtual tokens have no ids, embeddings or positions here
         return VerificationMode.PLAIN, f"a wrapper of {name} adds virtual tokens to its inputs"
+    if common_value(text_config, "cross_attention_layers"):
+        return VerificationMode.PLAIN, f"{name} keeps image states in its cache"
     if type(cache) is not DynamicCache:
         return VerificationMode.PLAIN, f"{type(cache).__name__} cannot be rolled back"
     cache_layers = {type(layer) for layer in cache.layers} or {DynamicLayer}
@@ -77,13 +79,13 @@ def choose_verification(target: PreTrainedModel, cache: Cache | None) -> tuple[V
 
 def learned_positions(target: PreTrainedModel) -> int | None:
     """Length of a target's table of learned positions; `None` for other kinds of positions."""
-    text_config = target.config.get_text_config(decoder=True)
-    limit = common_value(text_config, "max_position_embeddings")
-    has_table = not getattr(text_config, "rope_parameters", None) and not getattr(text_config, "alibi", False)
-    return limit if has_table and isinstance(limit, int) else None
+    names = ("wpe", "embed_positions", "embed_position", "position_embeddings")
+    tables = [m for n, m in target.named_modules() if n.endswith(names) and isinstance(m, torch.nn.Embedding)]
+    limit = common_value(target.config.get_text_config(decoder=True), "max_position_embeddings")
+    return limit if tables and isinstance(limit, int) and limit > 0 else None
 
 
-def max_draft_depth(target: PreTrainedModel, root_position: int) -> int | None:
+def max_draft_depth(target: PreTrainedModel, root_position: int, table_length: int | None) -> int | None:
     """How deep a tree may grow before its positions change what plain decoding would compute.
 
     Learned positions end with their table. Dynamic and long RoPE change the frequencies of the whole forward pass with
@@ -92,12 +94,13 @@ def max_draft_depth(target: PreTrainedModel, root_position: int) -> int | None:
     Args:
         target: The model that verifies.
         root_position: Position of the tree's root.
+        table_length: What [`learned_positions`] says of the target.
 
     Returns:
         The number of levels below the root; `None` for no limit.
     """
     text_config = target.config.get_text_config(decoder=True)
-    limit = learned_positions(target)
+    limit = table_length
     if rope := getattr(text_config, "rope_parameters", None):
         per_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
         ropes = {value.get("rope_type"): value for value in per_layer_type}
@@ -167,21 +170,39 @@ def _additive_mask(
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def keep_accepted(cache: Cache, path: torch.LongTensor, num_nodes: int) -> None:
+def check_rollback(cache: Cache) -> None:
+    """Check that the layers of a cache have seen the same tokens, so that all can be rolled back by the same number.
+
+    Args:
+        cache: The target's cache after the prefill.
+
+    Raises:
+        RuntimeError: If they have not.
+    """
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()]
+    lengths = {layer.get_seq_length() for layer in layers}
+    if len(lengths) > 1:
+        raise RuntimeError(
+            f"an FSPAD head needs a cache whose layers hold the same tokens, got lengths {sorted(lengths)}: call "
+            "`generate` without `assistant_model`."
+        )
+
+
+def keep_accepted(cache: Cache, path: list[int], num_nodes: int) -> None:
     """Shrink a cache that ends in a whole tree to the accepted path, in place.
 
     Args:
         cache: The target's cache after the tree's forward pass.
-        path: Indices of the accepted nodes in order, root first, of shape `(kept,)`.
+        path: Indices of the accepted nodes in order, root first.
         num_nodes: Nodes of the tree.
     """
-    kept = path.numel()
-    if not torch.equal(path, torch.arange(kept, device=path.device)):
+    kept = len(path)
+    if path != list(range(kept)):
         for layer in cache.layers:
             for states in (getattr(layer, "keys", None), getattr(layer, "values", None)):
                 if states is not None and states.numel():
                     tail = states[..., -num_nodes:, :]
-                    tail[..., :kept, :] = tail[..., path.to(states.device), :]
+                    tail[..., :kept, :] = tail[..., torch.tensor(path, device=states.device), :]
     # Also for 0 removed tokens: sliding layers cut back to their window here
     cache.crop(kept - num_nodes)
 
@@ -193,41 +214,46 @@ def stop_recording(cache: Cache) -> None:
             layer.record_past = False
 
 
-def hidden_states_of_path(layers: tuple[torch.Tensor, ...], path: torch.LongTensor) -> list[tuple[torch.Tensor, ...]]:
+def hidden_states_of_path(
+    layers: tuple[torch.Tensor | None, ...], path: list[int]
+) -> list[tuple[torch.Tensor | None, ...]]:
     """Cut the hidden states of a tree into what plain decoding returns token by token.
 
     Args:
-        layers: One tensor a layer, of shape `(batch, nodes, hidden)`.
-        path: Indices of the accepted nodes in order, root first, of shape `(kept,)`.
+        layers: One tensor a layer, of shape `(batch, nodes, hidden)`, or `None` for a layer that was not asked for.
+        path: Indices of the accepted nodes in order, root first.
 
     Returns:
         For each accepted node a tuple over layers of shape `(batch, 1, hidden)`.
     """
-    return [tuple(layer[:, node : node + 1] for layer in layers) for node in path.tolist()]
+    return [tuple(None if layer is None else layer[:, node : node + 1] for layer in layers) for node in path]
 
 
 def attentions_of_path(
-    layers: tuple[torch.Tensor, ...], path: torch.LongTensor, num_nodes: int, cache: Cache
+    layers: tuple[torch.Tensor, ...], path: list[int], num_nodes: int, cache: Cache
 ) -> list[tuple[torch.Tensor, ...]]:
     """Cut the attentions of a tree into what plain decoding returns token by token.
 
     Args:
-        layers: One tensor a layer, of shape `(batch, heads, nodes, kept past + nodes)`.
-        path: Indices of the accepted nodes in order, root first, of shape `(kept,)`.
+        layers: One tensor an attention layer, of shape `(batch, heads, nodes, kept past + nodes)`.
+        path: Indices of the accepted nodes in order, root first.
         num_nodes: Nodes of the tree.
         cache: The target's cache, which knows the sliding windows.
 
     Returns:
         For each accepted node a tuple over layers of shape `(batch, heads, 1, keys)`.
     """
+    cache_layers = cache.layers
+    if len(cache_layers) != len(layers):  # layers without attention have no attentions
+        cache_layers = [layer for layer in cache_layers if isinstance(layer, DynamicLayer)]
+    windows = [layer.sliding_window if getattr(layer, "is_sliding", False) else None for layer in cache_layers]
     steps = []
-    for step, node in enumerate(path.tolist()):
+    for step, node in enumerate(path):
         row = []
-        for attentions, cache_layer in zip(layers, cache.layers, strict=True):
+        for attentions, window in zip(layers, windows, strict=True):
             num_past = attentions.shape[-1] - num_nodes
-            keys = torch.cat([torch.arange(num_past, device=path.device), num_past + path[: step + 1]])
-            if getattr(cache_layer, "is_sliding", False):
-                keys = keys[-cache_layer.sliding_window :]
-            row.append(attentions[:, :, node : node + 1, keys.to(attentions.device)])
+            keys = [*range(num_past), *(num_past + ancestor for ancestor in path[: step + 1])]
+            keys = keys if window is None else keys[-window:]
+            row.append(attentions[:, :, node : node + 1, torch.tensor(keys, device=attentions.device)])
         steps.append(tuple(row))
     return steps

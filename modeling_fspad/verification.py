@@ -63,22 +63,13 @@ class TokenChooser:
         return input_ids, is_done
 
 
-@dataclass
-class Acceptance:
-    """What a verification step accepted.
-
-    Args:
-        input_ids: All tokens so far, of shape `(1, length + accepted)`.
-        path: The nodes whose logits gave the accepted tokens, root first, of shape `(accepted,)`.
-        is_done: Whether the last token ended the sequence.
-    """
-
-    input_ids: torch.LongTensor
-    path: torch.LongTensor
-    is_done: bool
-
-
-def accept(tree: DraftTree, logits: torch.Tensor, input_ids: torch.LongTensor, chooser: TokenChooser) -> Acceptance:
+def accept(
+    tree: DraftTree,
+    logits: torch.Tensor,
+    input_ids: torch.LongTensor,
+    chooser: TokenChooser,
+    path: list[int],
+) -> tuple[torch.LongTensor, bool]:
     """Walk down the tree from the root while the target chooses tokens that were drafted.
 
     The first token that no child carries is emitted as well: it is the target's own choice (the bonus token).
@@ -88,15 +79,17 @@ def accept(tree: DraftTree, logits: torch.Tensor, input_ids: torch.LongTensor, c
         logits: The target's logits at its nodes, of shape `(1, nodes, vocab)`.
         input_ids: The tokens so far, ending in the root, of shape `(1, length)`.
         chooser: Chooses the tokens.
+        path: Gets the nodes whose logits are used, root first. It is the caller's, who needs it too when a processor,
+            a criterion or a streamer raises.
 
     Returns:
-        At least one accepted token.
+        The tokens with at least one more, and whether plain decoding would stop here.
     """
     edges = zip(tree.parents[0, 1:].tolist(), tree.tokens[0, 1:].tolist(), strict=True)
     child_with_token = {edge: node for node, edge in enumerate(edges, start=1)}
-    path, node, is_done = [], 0, False
+    node, is_done = 0, False
     while node is not None:
         path.append(node)
         input_ids, is_done = chooser.choose(input_ids, logits[:, node])
         node = None if is_done else child_with_token.get((node, int(input_ids[0, -1])))
-    return Acceptance(input_ids, torch.tensor(path, device=tree.tokens.device), is_done)
+    return input_ids, is_done

@@ -1,10 +1,14 @@
 """Tiny random targets and heads that every test can build in milliseconds."""
 
+import random
+
 import pytest
 import torch
 import transformers
 
 import fspad
+from fspad.drafting import Drafter
+from fspad.tree import DraftedNodes
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +78,25 @@ def make_head(target, seed: int = 0, **overrides):
     torch.manual_seed(seed)
     config = fspad.FSPADConfig.from_target(target.config, **{"initializer_range": 0.2, "draft_top_k": 10, **overrides})
     return fspad.FSPADModel.from_target(target, config)
+
+
+def know_the_future(monkeypatch, sequence: torch.Tensor, seed: int) -> None:
+    """Let drafts hold the true continuation to a random depth, among distractors: random heads rarely get that far."""
+    rng = random.Random(seed)
+    largest = int(sequence.max())
+
+    def draft(drafter, root_tokens, max_depth):
+        future = sequence[0, int(drafter.last_position) + 2 :].tolist()
+        nodes, last, true_parent = DraftedNodes(), [-1], -1
+        for token in future[: min(rng.randint(0, 9), max_depth)]:
+            tokens = [rng.randint(0, largest) for _ in range(rng.randint(0, 3))]
+            parents = [rng.choice(last) for _ in tokens]
+            place = rng.randint(0, len(tokens))
+            tokens.insert(place, token)
+            parents.insert(place, true_parent)
+            scores = torch.full((1, len(tokens)), -float(len(nodes.tokens)))
+            first = nodes.add_level(torch.tensor([tokens]), torch.tensor([parents]), scores)
+            last, true_parent = list(range(first, first + len(tokens))), first + place
+        return nodes.best_tree(root_tokens, num_draft_tokens=len(nodes))
+
+    monkeypatch.setattr(Drafter, "draft", draft)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from conftest import SIZES, make_head, make_target
+from conftest import SIZES, know_the_future, make_head, make_target
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from fspad.tree_attention import VerificationMode, choose_verification
+from fspad.tree_attention import VerificationMode, check_rollback, choose_verification
 
 PROMPT = torch.tensor([[1, 2, 3, 4]])
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -76,6 +76,45 @@ def test_chain(name, messages):
         assert outputs[1].accept_lengths.sum() == 39
     assert outputs[1].accept_lengths.max() > 1, "no draft was accepted"
     assert any("chain instead of a tree" in message for message in messages)
+
+
+def test_token_types_of_a_chain_are_those_of_plain_decoding(monkeypatch):
+    target = build(chain_targets()["gpt_neo"])
+    head = make_head(target)
+    types = torch.tensor([[5, 3, 7, 2]])
+    options = {"token_type_ids": types, "max_new_tokens": 20, "do_sample": False}
+    plain = target.generate(PROMPT, **options)
+    know_the_future(monkeypatch, plain, seed=1)
+    output = target.generate(PROMPT, assistant_model=head, return_dict_in_generate=True, **options)
+    assert torch.equal(output.sequences, plain)
+    assert output.accept_lengths.max() > 2
+
+
+def test_attentions_of_a_target_with_layers_that_have_none():
+    target = build(chain_targets()["lfm2"])
+    target.set_attn_implementation("eager")
+    options = {"max_new_tokens": 15, "do_sample": False, "return_dict_in_generate": True, "output_attentions": True}
+    plain = target.generate(PROMPT, **options)
+    ours = target.generate(PROMPT, assistant_model=make_head(target), **options)
+    for plain_step, our_step in zip(plain.attentions, ours.attentions, strict=True):
+        for plain_layer, our_layer in zip(plain_step, our_step, strict=True):
+            torch.testing.assert_close(our_layer, plain_layer, atol=1e-4, rtol=1e-4)
+
+
+def test_image_states_in_the_cache_decode_plainly():
+    target = make_target()
+    target.config.cross_attention_layers = [1]
+    mode, reason = choose_verification(target, DynamicCache(config=target.config))
+    assert mode is VerificationMode.PLAIN
+    assert "image states" in reason
+
+
+def test_layers_that_hold_different_tokens_are_refused():
+    cache = DynamicCache()
+    for layer_idx, length in enumerate((4, 7)):
+        cache.update(torch.zeros(1, 1, length, 2), torch.zeros(1, 1, length, 2), layer_idx)
+    with pytest.raises(RuntimeError, match=r"the same tokens, got lengths \[4, 7\]"):
+        check_rollback(cache)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "paged|sdpa"])

@@ -5,7 +5,8 @@ import random
 import pytest
 import tokenizers
 import torch
-from conftest import FAMILIES, make_head, make_target
+import transformers
+from conftest import FAMILIES, know_the_future, make_head, make_target
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -16,8 +17,7 @@ from transformers import (
 )
 
 import fspad
-from fspad.drafting import Drafter
-from fspad.tree import DraftedNodes
+from fspad.versions import release
 
 NEAR_TIE = 1e-4
 
@@ -115,28 +115,6 @@ def check_accept_lengths(output, num_new_tokens):
     assert output.accept_lengths.sum() == num_new_tokens - 1
     assert output.draft_time >= 0
     assert output.verify_time >= 0
-
-
-def know_the_future(monkeypatch, sequence: torch.Tensor, seed: int) -> None:
-    """Let drafts hold the true continuation to a random depth, among distractors: random heads rarely get that far."""
-    rng = random.Random(seed)
-    largest = int(sequence.max())
-
-    def draft(drafter, root_tokens, max_depth):
-        future = sequence[0, int(drafter.last_position) + 2 :].tolist()
-        nodes, last, true_parent = DraftedNodes(), [-1], -1
-        for token in future[: min(rng.randint(0, 9), max_depth)]:
-            tokens = [rng.randint(0, largest) for _ in range(rng.randint(0, 3))]
-            parents = [rng.choice(last) for _ in tokens]
-            place = rng.randint(0, len(tokens))
-            tokens.insert(place, token)
-            parents.insert(place, true_parent)
-            scores = torch.full((1, len(tokens)), -float(len(nodes.tokens)))
-            first = nodes.add_level(torch.tensor([tokens]), torch.tensor([parents]), scores)
-            last, true_parent = list(range(first, first + len(tokens))), first + place
-        return nodes.best_tree(root_tokens, num_draft_tokens=len(nodes))
-
-    monkeypatch.setattr(Drafter, "draft", draft)
 
 
 def compare(seed, monkeypatch, **options):
@@ -439,6 +417,53 @@ def test_threads_and_heads_do_not_disturb_each_other():
             assert torch.equal(output, expected[i]), i
 
 
+def test_a_hook_that_comes_or_goes_in_another_thread_is_inert():
+    """torch notes that a hook takes keyword arguments after it has added the hook, and forgets it before removing it."""
+    from fspad.target import FeatureTap
+
+    target = make_target()
+    with FeatureTap(target) as tap:
+        target.get_output_embeddings()._forward_pre_hooks_with_kwargs.clear()
+        with torch.no_grad():
+            target(torch.tensor([[1, 2]]))
+        target.get_output_embeddings()._forward_pre_hooks_with_kwargs[tap._handle.id] = True
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_users_cache_is_whole_after_an_exception(family):
+    target = make_target(family, vocab_size=9)
+    lengths = []
+    for assistant in (None, make_head(target)):
+        cache = DynamicCache(config=target.config)
+        with pytest.raises(RuntimeError, match="processor fails"):
+            target.generate(
+                torch.tensor([[1, 2, 3]]),
+                assistant_model=assistant,
+                max_new_tokens=30,
+                past_key_values=cache,
+                logits_processor=[Failing()],
+            )
+        lengths.append([layer.get_seq_length() for layer in cache.layers])
+        assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
+    assert lengths[0] == lengths[1]
+
+
+@pytest.mark.skipif(
+    release(transformers.__version__) < (5, 17), reason="single hidden states can be asked for from 5.17 on"
+)
+@pytest.mark.parametrize("layers", [[0, 2], 2], ids=str)
+def test_some_hidden_states(layers):
+    target = make_target(vocab_size=9)
+    options = {"do_sample": False, "max_new_tokens": 12, "output_hidden_states": layers}
+    prompt = torch.tensor([[1, 2]])
+    plain, ours = generate(target, prompt, **options), generate(target, prompt, make_head(target), **options)
+    for plain_step, our_step in zip(plain.hidden_states, ours.hidden_states, strict=True):
+        for plain_layer, our_layer in zip(plain_step, our_step, strict=True):
+            assert (plain_layer is None) == (our_layer is None)
+            if plain_layer is not None:
+                torch.testing.assert_close(our_layer, plain_layer, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs(dtype):
     target = make_target(vocab_size=30).to(dtype)
@@ -465,6 +490,13 @@ def test_positions_end_where_the_target_ends():
         generate(target, prompt, do_sample=False, max_new_tokens=14),
         generate(target, prompt, head, do_sample=False, max_new_tokens=14),
     )
+
+
+def test_padding_takes_no_positions():
+    target = make_target("gpt2", vocab_size=9, n_positions=24)
+    prompt, mask = torch.ones(1, 30, dtype=torch.long), torch.tensor([[0] * 20 + [1] * 10])
+    options = {"do_sample": False, "max_new_tokens": 14, "attention_mask": mask}
+    assert_same(generate(target, prompt, **options), generate(target, prompt, make_head(target), **options))
 
 
 def test_prompts_longer_than_the_targets_positions_are_refused():

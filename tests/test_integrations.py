@@ -6,6 +6,8 @@ import torch
 from conftest import make_head, make_target
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
+import fspad
+
 PROMPT = torch.tensor([[1, 2, 3, 4]])
 OPTIONS = {"max_new_tokens": 25, "do_sample": False}
 
@@ -78,6 +80,19 @@ def test_accelerate_hooks_on_every_module(tmp_path):
     for module in target.modules():
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
     assert torch.equal(target.generate(PROMPT, assistant_model=make_head(target), **OPTIONS), plain)
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 7])
+def test_offloaded_weights(draft_vocab_size):
+    import accelerate
+
+    target = make_target(vocab_size=9)
+    plain = target.generate(PROMPT, **OPTIONS)
+    head = make_head(target, draft_vocab_size=draft_vocab_size)
+    accelerate.cpu_offload(target, execution_device=torch.device("cpu"))
+    assert target.get_output_embeddings().weight.is_meta
+    assert torch.equal(target.generate(PROMPT, assistant_model=head, **OPTIONS), plain)
+    assert not any(parameter.is_meta for parameter in fspad.FSPADModel.from_target(target).parameters())
 
 
 @pytest.mark.parametrize(

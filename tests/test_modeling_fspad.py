@@ -129,6 +129,20 @@ def test_missing_and_truncated_weights_are_refused(tmp_path):
         FSPADModel.from_pretrained(tmp_path)
 
 
+def test_a_draft_vocabulary_can_be_turned_off_while_loading(tmp_path):
+    target = make_target()
+    FSPADModel.from_target(target, FSPADConfig.from_target(target.config, draft_vocab_size=9)).save_pretrained(
+        tmp_path
+    )
+    assert FSPADModel.from_pretrained(tmp_path, draft_vocab_size=None).active_draft_vocab_ids is None
+
+
+def test_rope_that_would_change_while_it_runs_is_not_taken_over():
+    rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}
+    head = FSPADModel.from_target(make_target(rope_parameters=rope, max_position_embeddings=24))
+    assert head.config.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
+
+
 def test_rope_scaling_of_the_target_is_used():
     rope = {
         "rope_type": "llama3",
