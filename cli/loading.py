@@ -99,7 +99,7 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: If a line is no object with a text in `prompt`, or there is no line.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

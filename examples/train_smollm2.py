@@ -2,8 +2,8 @@
 
     python examples/train_smollm2.py --output_dir smollm2-head --prompts prompts.jsonl --cache_features
 
-Prompts are JSON lines with a `prompt`; dialogues (`--dialogs`, any number of files, .gz or not) have `prompt_ids` and
-`response_ids`. Prompts without an answer are answered first, into `dialogs.jsonl` of the output folder. All of
+Prompts are JSON lines with a `prompt`; dialogues (`--dialogs`, any number of files, .gz or not) have `messages`,
+`prompt_ids` and `response_ids`. Prompts without an answer are answered first, into `dialogs.jsonl` of the output folder. All of
 [`FSPADTrainingArguments`] can be given too. Interrupted? The same command with `--resume`.
 """
 
@@ -34,7 +34,7 @@ class ExampleArguments:
         default_factory=list, metadata={"help": "JSONL files or Hub ids of datasets with a `prompt` column."}
     )
     dialogs: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL(.gz) files with `prompt_ids` and `response_ids`."}
+        default_factory=list, metadata={"help": "JSONL(.gz) files with `messages`, `prompt_ids`, `response_ids`."}
     )
     exclude: list[str] = field(
         default_factory=list,
@@ -66,9 +66,14 @@ class TrainingArguments(FSPADTrainingArguments):
 
 
 def read_lines(path: str) -> list[dict]:
-    """Read JSON lines; a last line that is still being written is left out."""
+    """Read JSON lines."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def question(row: dict) -> str:
+    """The user's first message of a dialogue, by which held-out prompts are told."""
+    return next(message["content"] for message in row["messages"] if message["role"] == "user")
 
 
 def load_dialogs(
@@ -77,7 +82,7 @@ def load_dialogs(
     """Collect the dialogues that there are, and have the other prompts answered."""
     excluded = {row["prompt"] for path in example.exclude for row in read_lines(path)}
     rows = [row for path in example.dialogs for row in read_lines(path)]
-    answered = {row["messages"][0]["content"] for row in rows if "messages" in row}
+    answered = {question(row) for row in rows}
     prompts = []
     for source in example.prompts:
         is_file = Path(source).is_file()
@@ -87,7 +92,7 @@ def load_dialogs(
         answers = output_dir / "dialogs.jsonl"
         synthesize(target, tokenizer, prompts, answers, max_new_tokens=example.max_new_tokens)
         rows += read_lines(str(answers))
-    rows = [row for row in rows if "messages" not in row or row["messages"][0]["content"] not in excluded]
+    rows = [row for row in rows if question(row) not in excluded]
     return Dataset.from_list([{name: row[name] for name in ("prompt_ids", "response_ids")} for row in rows])
 
 
@@ -95,7 +100,9 @@ def make_head(
     example: ExampleArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
 ) -> FSPADModel:
     """Make an untrained head that scores the tokens which the target writes most often."""
-    head = FSPADModel.from_target(target, FSPADConfig.from_target(target.config))
+    # A tree of the size that paid best on a CPU with two cores
+    config = FSPADConfig.from_target(target.config, draft_depth=4, num_draft_tokens=16)
+    head = FSPADModel.from_target(target, config)
     if example.draft_vocab_size:
         counts = count_token_frequencies(dataset, target.config.vocab_size)
         ids = most_frequent_tokens(counts, example.draft_vocab_size, tokenizer.all_special_ids)
@@ -114,8 +121,7 @@ def main() -> None:
     dataset = prepare_dataset(load_dialogs(example, output_dir, target, tokenizer), tokenizer, args.max_length)
     head = make_head(example, target, tokenizer, dataset)
     if example.cache_features:
-        # Named after the dialogues, so that a run with others does not take the features of these.
-        dataset = add_features(dataset, target, str(output_dir / f"features-{dataset._fingerprint}.arrow"))
+        dataset = add_features(dataset, target, output_dir)
     splits = {"train": dataset, "test": None}
     if example.num_eval_dialogs:
         splits = dataset.train_test_split(example.num_eval_dialogs, seed=0)

@@ -93,6 +93,17 @@ def test_interrupted_run_goes_on(tmp_path):
     assert path.read_bytes().startswith(whole)
 
 
+def test_answers_to_other_prompts_are_not_gone_on_with(tmp_path):
+    tokenizer = make_tokenizer(MARKERS)
+    target = make_target(vocab_size=len(tokenizer))
+    file = tmp_path / "dialogs.jsonl"
+    synthesize(target, tokenizer, ["hello you", "bye"], file, max_new_tokens=3)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="one to another prompt in line 1"):
+        synthesize(target, tokenizer, ["now", "hi hi"], file, max_new_tokens=3)
+    assert file.read_bytes() == before
+
+
 def test_target_writes_prompts():
     target, tokenizer = make_pair()
     prompts = list(write_prompts(target, tokenizer, count=5, batch_size=16, max_new_tokens=8))

@@ -189,7 +189,7 @@ def test_cached_features_are_the_computed_ones(tmp_path, dtype, draft_vocab_size
     torch.manual_seed(1)
     head = FSPADModel.from_target(target, FSPADConfig.from_target(target.config, draft_vocab_size=draft_vocab_size))
     prepared = prepare_dataset(make_dataset(), None)
-    cached = add_features(prepared, target, str(tmp_path / "features.arrow"))
+    cached = add_features(prepared, target, tmp_path)
     assert cached[0]["features"].dtype == dtype
     expected = compute_features(target, torch.tensor([prepared[0]["input_ids"]]))[0]
     assert torch.equal(cached[0]["features"], expected)
@@ -201,6 +201,25 @@ def test_cached_features_are_the_computed_ones(tmp_path, dtype, draft_vocab_size
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for one, other in zip(*results, strict=True):
         assert one == pytest.approx(other, abs=tolerance)
+
+
+def test_features_of_another_target_or_dataset_are_not_taken(tmp_path):
+    prepared = prepare_dataset(make_dataset(), None)
+    first = add_features(prepared, make_target(), tmp_path)
+    for dataset, target in (
+        (prepared, make_target(seed=1)),
+        (prepared, make_target().bfloat16()),
+        (prepare_dataset(make_dataset(rows=3), None), make_target()),
+    ):
+        other = add_features(dataset, target, tmp_path)
+        assert len(other) == len(dataset)
+        assert other[0]["features"].dtype == target.dtype
+        expected = compute_features(target, torch.tensor([dataset[0]["input_ids"]]))[0]
+        assert torch.equal(other[0]["features"], expected)
+    files = set(tmp_path.iterdir())
+    again = add_features(prepared, make_target(), tmp_path)
+    assert set(tmp_path.iterdir()) == files
+    assert torch.equal(again[0]["features"], first[0]["features"])
 
 
 def test_cached_features_need_no_target_forward(tmp_path, monkeypatch):
@@ -221,7 +240,7 @@ def test_saved_folder_is_the_head_alone(tmp_path):
     trainer = make_trainer(tmp_path, dataset=dataset, processing_class=tokenizer, save_strategy="steps", save_steps=2)
     trainer.train()
     trainer.save_model()
-    assert trainer.processing_class is tokenizer
+    assert FSPADModel.from_pretrained(tmp_path).config.pad_token_id is None, "special tokens stay the target's"
     for folder in (tmp_path, tmp_path / "checkpoint-2"):
         names = {path.name for path in folder.iterdir()}
         assert {"config.json", "model.safetensors", "modeling_fspad.py", "configuration_fspad.py"} <= names
@@ -230,6 +249,29 @@ def test_saved_folder_is_the_head_alone(tmp_path):
     loaded = FSPADModel.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == weights(trainer).keys()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights(trainer).items())
+
+
+def test_resuming_with_another_head_is_refused(tmp_path):
+    target = make_target()
+    make_trainer(tmp_path, target, save_strategy="steps", save_steps=2).train()
+    config = FSPADConfig.from_target(target.config, draft_vocab_size=40)
+    other = make_trainer(tmp_path, target, head=FSPADModel.from_target(target, config))
+    with pytest.raises(ValueError, match=r"expected a head with draft_vocab_size=None, .* got draft_vocab_size=40"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_scaled_gradients_are_unscaled_before_they_are_clipped():
+    from fspad.trainer.trainer import ClipGradientValues
+
+    class Accelerator:
+        def unscale_gradients(self):
+            model.weight.grad /= 65536
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.grad = torch.full((1, 1), 0.25 * 65536)
+    args = FSPADTrainingArguments(output_dir="unused", use_cpu=True, report_to="none")
+    ClipGradientValues(Accelerator()).on_pre_optimizer_step(args, None, None, model=model)
+    assert model.weight.grad.item() == 0.25
 
 
 def test_gradients_are_clipped_by_value(tmp_path):

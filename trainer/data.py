@@ -45,7 +45,7 @@ def prepare_dataset(
             whole dialogue, or no row is left.
     """
     columns = set(dataset.column_names or next(iter(dataset)))
-    if columns >= _PREPARED:
+    if columns >= _PREPARED and (max_length is None or max(dataset["length"]) <= max_length):
         return dataset
     form = next((form for form in _FORMS if columns.issuperset(form)), None)
     if form is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ def compute_features(
     return recorded[0]
 
 
-def add_features(dataset: Dataset, target: PreTrainedModel, cache_file: str | None = None) -> Dataset:
+def add_features(dataset: Dataset, target: PreTrainedModel, cache_dir: str | Path | None = None) -> Dataset:
     """Compute the features of a prepared dataset once, and keep them beside its tokens.
 
     The column holds raw bytes, which Arrow maps into memory as they are: a dataset far larger than the memory trains
@@ -47,7 +48,8 @@ def add_features(dataset: Dataset, target: PreTrainedModel, cache_file: str | No
     Args:
         dataset: Rows with `input_ids`, as [`~fspad.trainer.data.prepare_dataset`] returns them.
         target: The model that the head is trained for, in evaluation mode.
-        cache_file: Arrow file to write to; used as it is when it exists.
+        cache_dir: Folder for the Arrow file. Its name tells the dialogues and the target (name, dtype, attention and
+            weights), so that only features of the same are used again.
 
     Returns:
         The dataset with a `features` column in the target's dtype.
@@ -61,18 +63,24 @@ def add_features(dataset: Dataset, target: PreTrainedModel, cache_file: str | No
         features = compute_features(target, torch.tensor([input_ids]))[0].cpu().contiguous()
         return {"features": features.view(torch.uint8).numpy().tobytes()}
 
-    # Fingerprinting by hand: datasets would pickle the whole target to tell whether `encode` has changed.
-    fingerprint = datasets.fingerprint.Hasher.hash((dataset._fingerprint, target.config.to_json_string()))
+    # By hand: datasets would pickle the whole target to tell whether `encode` has changed
+    fingerprint = datasets.fingerprint.Hasher.hash((dataset._fingerprint, _describe(target)))
     dataset = dataset.map(
         encode,
         input_columns=["input_ids"],
         features=columns,
-        cache_file_name=cache_file,
+        cache_file_name=None if cache_dir is None else str(Path(cache_dir) / f"features-{fingerprint}.arrow"),
         writer_batch_size=64,
         new_fingerprint=fingerprint,
         desc="Computing the target's features",
     )
     return dataset.with_transform(partial(_decode, dtype=target.dtype, hidden_size=hidden_size))
+
+
+def _describe(target: PreTrainedModel) -> tuple[Any, ...]:
+    """What the features depend on; of each weight its sum, which a fine-tuned target does not share."""
+    sums = [float(parameter.detach().double().sum()) for parameter in target.parameters()]
+    return target.config.to_json_string(), str(target.dtype), target.config._attn_implementation, sums
 
 
 def _decode(batch: dict[str, list], dtype: torch.dtype, hidden_size: int) -> dict[str, list]:

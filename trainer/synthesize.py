@@ -114,7 +114,7 @@ def synthesize(
         How many dialogues were written.
     """
     output_file = Path(output_file)
-    done = _read_done(output_file)
+    done = _read_done(output_file, prompts)
     missing = [index for index in range(len(prompts)) if index not in done]
     end_ids = _end_ids(target, tokenizer)
     columns = [TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -145,8 +145,8 @@ def synthesize(
     return len(missing)
 
 
-def _read_done(path: Path) -> set[int]:
-    """Indices of the rows in a file; what follows its last line break is cut off."""
+def _read_done(path: Path, prompts: Sequence[str]) -> set[int]:
+    """Indices of the rows in a file, which must answer these prompts; what follows its last line break is cut off."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return set()
@@ -155,7 +155,14 @@ def _read_done(path: Path) -> set[int]:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            done.add(json.loads(line)["index"])
+            row = json.loads(line)
+            index = row.get("index")
+            if index is None or index >= len(prompts) or row["messages"][0]["content"] != prompts[index]:
+                raise ValueError(
+                    f"expected answers to these prompts in {path}, got one to another prompt in line {len(done) + 1}: "
+                    "write to a new file, or go on with the prompts that it began with."
+                )
+            done.add(index)
             end += len(line)
         file.truncate(end)
     return done

@@ -18,6 +18,7 @@ from .training_arguments import FSPADTrainingArguments
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from accelerate import Accelerator
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
     from transformers.trainer_utils import EvalLoopOutput
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
 
 
 class ClipGradientValues(TrainerCallback):
-    """Clips gradients by value, once they are reduced over devices and unscaled."""
+    """Clips gradients by value, once they are reduced over devices.
+
+    Args:
+        accelerator: The trainer's, to undo the loss scaling of fp16 first, which the trainer leaves to norm clipping.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
 
     def on_pre_optimizer_step(
         self,
@@ -38,6 +46,8 @@ class ClipGradientValues(TrainerCallback):
     ) -> None:
         """Clip right before the optimizer looks at the gradients."""
         if args.max_grad_value is not None:
+            if args.max_grad_norm <= 0:
+                self.accelerator.unscale_gradients()
             # Not the accelerator's method of that name, which raises under FSDP.
             nn.utils.clip_grad_value_(model.parameters(), args.max_grad_value)
 
@@ -46,8 +56,8 @@ class FSPADTrainer(Trainer):
     """Trainer of an FSPAD head. The target runs beside it, is never changed, and never saved.
 
     Checkpoints, resuming, mixed precision, distribution and progress are those of [`~transformers.Trainer`]. The log
-    lines have `feature_loss`, `logits_loss` and `accuracy` (share of rows whose most probable token is the target's)
-    beside the loss, all as sums over counted rows divided by their number.
+    lines have `feature_loss`, `logits_loss` and `accuracy` (share of rows whose most probable token, of those that the
+    head scores, is the target's) beside the loss, all as sums over counted rows divided by their number.
 
     Args:
         model: The head. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16 weights.
@@ -56,7 +66,8 @@ class FSPADTrainer(Trainer):
         train_dataset: Dialogues in any form that [`~fspad.trainer.data.prepare_dataset`] accepts. Rows with a
             `features` column need no forward pass of the target.
         eval_dataset: Dialogues to evaluate on, or a dict of such datasets.
-        processing_class: The target's tokenizer, for datasets with `messages`.
+        processing_class: The target's tokenizer, for datasets with `messages`. It is not kept: a trainer saves its
+            tokenizer beside the model and gives the model its special tokens, and both are the target's.
         data_collator: By default a [`DataCollatorForFSPAD`].
         **kwargs: As in [`~transformers.Trainer`].
 
@@ -101,10 +112,9 @@ class FSPADTrainer(Trainer):
             data_collator=data_collator or DataCollatorForFSPAD(),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
             **kwargs,
         )
-        self.add_callback(ClipGradientValues())
+        self.add_callback(ClipGradientValues(self.accelerator))
         # `compute_loss` divides by the rows of the whole step. The first name is read from 5.19 on, the other before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -177,9 +187,17 @@ class FSPADTrainer(Trainer):
             self._lm_head = LMHead(self.target, self.model.active_draft_vocab_ids)
         return self._lm_head
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(*args, **kwargs)
-        # The draft vocabulary is part of the checkpoint.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        saved = type(self.model.config).from_pretrained(resume_from_checkpoint)
+        for name in ("feature_sampling", "partial_alignment", "draft_vocab_size"):
+            expected, got = getattr(saved, name), getattr(self.model.config, name)
+            if expected != got:
+                raise ValueError(
+                    f"expected a head with {name}={expected}, as in {resume_from_checkpoint}, got {name}={got}: resume "
+                    "with the head that the training began with."
+                )
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        # The draft vocabulary is part of the checkpoint
         self._lm_head = None
 
     def _get_num_items_in_batch(
@@ -253,11 +271,3 @@ class FSPADTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "features", "length"]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # A head has no tokenizer of its own: the target's must not be saved beside it.
-        processing_class, self.processing_class = self.processing_class, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.processing_class = processing_class
