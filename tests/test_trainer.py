@@ -85,8 +85,9 @@ def test_target_stays_as_it_is(tmp_path):
     assert all(not torch.equal(tensor, head_before[name]) for name, tensor in weights(trainer).items())
 
 
-def test_log_lines_add_up_to_the_loss(tmp_path):
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize("num_draft_steps", [1, 3])
+def test_log_lines_add_up_to_the_loss(tmp_path, num_draft_steps):
+    trainer = make_trainer(tmp_path, num_draft_steps=num_draft_steps)
     trainer.train()
     assert len(losses(trainer)) == 4
     for loss, part_features, part_logits, accuracy in losses(trainer):
@@ -122,8 +123,66 @@ def test_gradient_accumulation_changes_nothing(tmp_path, draft_vocab_size):
         torch.testing.assert_close(tensor, results[1][1][name], atol=1e-6, rtol=0)
 
 
+def test_loss_of_several_draft_steps_is_averaged_over_their_rows(tmp_path):
+    trainer = make_trainer(tmp_path, num_draft_steps=3, feature_noise=0.0)
+    (row, *_) = prepare_dataset(Dataset.from_list([{"prompt_ids": [1, 2, 3], "response_ids": [4, 5, 6, 7]}]), None)
+    loss, outputs = trainer.compute_loss(trainer.model.train(), DataCollatorForFSPAD()([row]), return_outputs=True)
+    feature_sums, logits_sums, correct, rows = outputs["sums"].T
+    # Four tokens of the assistant: three rows, of which two begin a chain of two steps, and one begins one of three.
+    assert rows.tolist() == [3, 2, 1]
+    assert loss.item() == pytest.approx((feature_sums.sum() + 0.1 * logits_sums.sum()).item() / 6)
+
+
+def test_evaluation_tells_the_accuracy_of_every_depth(tmp_path):
+    head = FSPADModel.from_target(target := make_target(), FSPADConfig.from_target(target.config, draft_depth=2))
+    trainer = make_trainer(tmp_path, target, head=head, eval_dataset=make_dataset())
+    metrics = trainer.evaluate()
+    depths = [name for name in metrics if "accuracy" in name]
+    assert depths == ["eval_accuracy", "eval_accuracy_depth_2", "eval_accuracy_depth_3"]
+    parts = metrics["eval_feature_loss"] + 0.1 * metrics["eval_logits_loss"]
+    assert metrics["eval_loss"] == pytest.approx(parts, rel=1e-5)
+    # One draft step is trained: the loss is that of the first, whatever else is looked at.
+    shallow = make_trainer(tmp_path, target, head=copy.deepcopy(head), eval_dataset=make_dataset())
+    shallow._eval_sums = shallow._zero_sums(1)
+    assert shallow.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("num_draft_steps", "n_gpu", "message"), [(0, 0, "at least 1, got 0"), (2, 2, "torchrun")])
+def test_impossible_numbers_of_draft_steps(tmp_path, monkeypatch, num_draft_steps, n_gpu, message):
+    monkeypatch.setattr(FSPADTrainingArguments, "n_gpu", n_gpu)
+    with pytest.raises(ValueError, match=message):
+        FSPADTrainingArguments(output_dir=str(tmp_path), use_cpu=True, num_draft_steps=num_draft_steps)
+
+
+@pytest.mark.parametrize("num_draft_steps", [1, 3])
+def test_packing_changes_nothing(tmp_path, num_draft_steps):
+    arguments = {"num_draft_steps": num_draft_steps, "feature_noise": 0.0, "max_steps": 2, "optim": "sgd"}
+    arguments |= {"per_device_train_batch_size": 16, "learning_rate": 0.1, "train_sampling_strategy": "sequential"}
+    alone = make_trainer(tmp_path, **arguments)
+    packed = make_trainer(tmp_path, packing=True, max_length=60, **arguments)
+    assert len(packed.train_dataset) < len(alone.train_dataset)
+    for trainer in (alone, packed):
+        trainer.train()
+    for one, other in zip(losses(alone), losses(packed), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_noise_of_packed_dialogues_follows_their_own_lengths(tmp_path):
+    rows = [{"prompt_ids": [1, 2], "response_ids": [3] * 6}, {"prompt_ids": [4] * 10, "response_ids": [5] * 30}]
+    trainer = make_trainer(tmp_path, dataset=Dataset.from_list(rows), packing=True, max_length=48)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape == (1, 48)
+    clean, noisy = (trainer._make_rows(batch, is_training=training) for training in (False, True))
+    noise = (noisy.features - clean.features).abs().amax(dim=-1)[0]
+    length = torch.where(batch["input_ids"][0, :-2] < 4, 8, 40)
+    bound = 0.5 * 0.2 * 512 / length
+    assert (noise <= bound).all()
+    assert (noise > 0.5 * bound).all()
+
+
 def test_resumed_training_is_the_same_training(tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 2, "seed": 3, "gradient_accumulation_steps": 2}
+    arguments["num_draft_steps"] = 2
     whole = make_trainer(tmp_path / "whole", **arguments)
     whole.train()
     make_trainer(tmp_path / "parts", **arguments).train()

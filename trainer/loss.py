@@ -27,12 +27,14 @@ class AlignedBatch:
         next_token_ids: Tokens i+1, of shape `(batch, length - 2)`.
         label_features: Features f_{i+1}, of shape `(batch, length - 2, hidden)`.
         row_mask: Whether row i counts, of shape `(batch, length - 2)` and dtype bool.
+        position_ids: Positions i of packed dialogues, of shape `(batch, length - 2)`; `None` if they are not packed.
     """
 
     features: torch.Tensor
     next_token_ids: torch.Tensor
     label_features: torch.Tensor
     row_mask: torch.Tensor
+    position_ids: torch.Tensor | None = None
 
 
 def counted_rows(assistant_mask: torch.Tensor) -> torch.Tensor:
@@ -51,13 +53,19 @@ def counted_rows(assistant_mask: torch.Tensor) -> torch.Tensor:
     return mask[..., 1:-1] & mask[..., 2:]
 
 
-def align(input_ids: torch.Tensor, features: torch.Tensor, assistant_mask: torch.Tensor) -> AlignedBatch:
+def align(
+    input_ids: torch.Tensor,
+    features: torch.Tensor,
+    assistant_mask: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+) -> AlignedBatch:
     """Pair features, tokens and labels.
 
     Args:
         input_ids: Token ids of shape `(batch, length)`.
         features: The target's features of the same tokens, of shape `(batch, length, hidden)`.
         assistant_mask: 1 where a token is the assistant's, of shape `(batch, length)`.
+        position_ids: Of shape `(batch, length)`, restarting at 0 with each dialogue, if several are packed into a row.
 
     Returns:
         One row for each position that has two tokens after it.
@@ -76,7 +84,25 @@ def align(input_ids: torch.Tensor, features: torch.Tensor, assistant_mask: torch
         next_token_ids=input_ids[:, 1:-1],
         label_features=features[:, 1:-1],
         row_mask=counted_rows(assistant_mask),
+        position_ids=None if position_ids is None else position_ids[:, :-2],
     )
+
+
+def dialogue_lengths(attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Tokens in the dialogue that a token belongs to.
+
+    Args:
+        attention_mask: 1 where a token is not padding, of shape `(batch, length)`.
+        position_ids: Of shape `(batch, length)`, restarting at 0 with each dialogue, if several are packed into a row.
+
+    Returns:
+        A tensor of shape `(batch, length)` and dtype int64; without packing all of a row are the same.
+    """
+    if position_ids is None:
+        return attention_mask.sum(dim=1, keepdim=True).expand_as(attention_mask)
+    dialogues = (position_ids == 0).cumsum(dim=1)  # (batch, length), from 1
+    counts = torch.zeros_like(position_ids).scatter_add(1, dialogues - 1, torch.ones_like(position_ids))
+    return counts.gather(1, dialogues - 1)
 
 
 def feature_loss(regress: torch.Tensor, label_features: torch.Tensor) -> torch.Tensor:

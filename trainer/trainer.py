@@ -12,8 +12,9 @@ from fspad.target import LMHead, check_target, embed_tokens
 
 from .data import DataCollatorForFSPAD, prepare_dataset
 from .features import compute_features
-from .loss import AlignedBatch, align, counted_rows, feature_loss, logits_loss
+from .loss import AlignedBatch, align, counted_rows, dialogue_lengths, feature_loss, logits_loss
 from .training_arguments import FSPADTrainingArguments
+from .unrolling import step_masks, unroll
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
     from fspad import FSPADModel
+
+
+# Columns of the sums over rows: feature loss, logits loss, correct rows, rows.
+_ROWS = 3
 
 
 class ClipGradientValues(TrainerCallback):
@@ -57,7 +62,9 @@ class FSPADTrainer(Trainer):
 
     Checkpoints, resuming, mixed precision, distribution and progress are those of [`~transformers.Trainer`]. The log
     lines have `feature_loss`, `logits_loss` and `accuracy` (share of rows whose most probable token, of those that the
-    head scores, is the target's) beside the loss, all as sums over counted rows divided by their number.
+    head scores, is the target's) beside the loss, all as sums over counted rows divided by their number. With more than
+    one draft step, `accuracy_depth_2` and so on tell the same of the steps that feed on the head's own features;
+    evaluation always goes as deep as the head's drafts.
 
     Args:
         model: The head. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16 weights.
@@ -96,7 +103,8 @@ class FSPADTrainer(Trainer):
         self.target = target.eval()
 
         def prepare(dataset: Dataset) -> Dataset:
-            return prepare_dataset(dataset, processing_class, args.max_length)
+            packing = {"packing": True} if args.packing else {}
+            return prepare_dataset(dataset, processing_class, args.max_length, **packing)
 
         with args.main_process_first(desc="preparing the datasets"):
             if train_dataset is not None:
@@ -119,8 +127,9 @@ class FSPADTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._lm_head: LMHead | None = None
-        self._train_sums = self._zero_sums()
-        self._eval_sums = self._zero_sums()
+        self._train_sums = self._zero_sums(args.num_draft_steps)
+        # Evaluation goes as deep as drafts do.
+        self._eval_sums = self._zero_sums(max(args.num_draft_steps, model.config.draft_depth + 1))
 
     def compute_loss(
         self,
@@ -141,38 +150,51 @@ class FSPADTrainer(Trainer):
             The loss, and with `return_outputs` a dict with the summed losses, correct rows and counted rows.
         """
         batch = self._make_rows(inputs, is_training=model.training)
-        # Rows are causal and padded on the right, so no counted row can see padding and no mask is needed.
-        outputs = model(
-            features=batch.features, inputs_embeds=self._embed(batch.next_token_ids).to(batch.features.dtype)
-        )
-        labels = batch.label_features[batch.row_mask]
-        sum_feature_loss = feature_loss(outputs.regress[batch.row_mask], labels)
-        sum_logits_loss, correct = logits_loss(
-            outputs.predict[batch.row_mask], labels, self._get_lm_head(), self.args.logits_chunk_size
-        )
-        rows = batch.row_mask.sum()
-        sums = torch.stack([value.detach().float() for value in (sum_feature_loss, sum_logits_loss, correct, rows)])
+        loss, sums = self._sum_losses(model, batch)
         if model.training:
             self._train_sums += sums
-
+        rows = sums[: self.args.num_draft_steps, _ROWS].sum()
         num_items = rows if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=rows.device)
-        loss = self.args.feature_loss_weight * sum_feature_loss + self.args.logits_loss_weight * sum_logits_loss
         loss = loss / num_items.clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over processes, but the rows were counted over all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, {"sums": sums}) if return_outputs else loss
 
+    def _sum_losses(self, model: nn.Module, batch: AlignedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted loss summed over the counted rows of all trained steps, and for each step what to log."""
+        num_steps = len(self._train_sums if model.training else self._eval_sums)
+        embeds = self._embed(batch.next_token_ids).to(batch.features.dtype)
+        # Rows are causal and padded on the right, so no counted row can see padding and no mask is needed.
+        outputs = unroll(model, batch.features, embeds, num_steps, batch.position_ids)
+        loss, sums = 0.0, []
+        for step, (output, row_mask) in enumerate(zip(outputs, step_masks(batch.row_mask, num_steps), strict=True)):
+            labels = batch.label_features[row_mask]
+            sum_feature_loss = feature_loss(output.regress[row_mask], labels)
+            sum_logits_loss, correct = logits_loss(
+                output.predict[row_mask], labels, self._get_lm_head(), self.args.logits_chunk_size
+            )
+            if step < self.args.num_draft_steps:
+                loss = loss + self.args.feature_loss_weight * sum_feature_loss
+                loss = loss + self.args.logits_loss_weight * sum_logits_loss
+            parts = (sum_feature_loss, sum_logits_loss, correct, row_mask.sum())
+            sums.append(torch.stack([value.detach().float() for value in parts]))
+        return loss, torch.stack(sums)
+
     def _make_rows(self, inputs: dict[str, torch.Tensor], is_training: bool) -> AlignedBatch:
-        features = inputs.get("features")
+        features, position_ids = inputs.get("features"), inputs.get("position_ids")
         if features is None:
-            features = compute_features(self.target, inputs["input_ids"], inputs["attention_mask"])
+            # Packed dialogues are told apart by their positions, which a padding mask would overrule.
+            mask = inputs["attention_mask"] if position_ids is None else None
+            features = compute_features(
+                self.target, inputs["input_ids"], mask, *([] if position_ids is None else [position_ids])
+            )
         # The head may be wrapped in autocast; its own weights say what goes in.
         features = features.to(device=self.args.device, dtype=self.model.dtype)
-        batch = align(inputs["input_ids"], features, inputs["assistant_mask"])
+        batch = align(inputs["input_ids"], features, inputs["assistant_mask"], position_ids)
         if is_training and self.args.feature_noise:
-            # Of each dialogue's own length, so that a batch's padding does not change the noise. Labels stay clean.
-            lengths = inputs["attention_mask"].sum(dim=1)[:, None, None]
+            # Labels stay clean.
+            lengths = dialogue_lengths(inputs["attention_mask"], position_ids)[:, : batch.features.shape[1], None]
             noise = torch.rand(batch.features.shape, device=features.device) - 0.5
             batch.features = batch.features + (noise * (self.args.feature_noise * 512 / lengths)).to(features.dtype)
         return batch
@@ -205,7 +227,8 @@ class FSPADTrainer(Trainer):
     ) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        rows = sum(counted_rows(batch["assistant_mask"]).sum() for batch in batch_samples).to(device)
+        masks = [counted_rows(batch["assistant_mask"]) for batch in batch_samples]
+        rows = sum(step_masks(mask, self.args.num_draft_steps).sum() for mask in masks).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             rows = self.accelerator.gather(rows).sum()
         return rows
@@ -257,17 +280,17 @@ class FSPADTrainer(Trainer):
             self._train_sums.zero_()
         super().log(logs, start_time)
 
-    def _zero_sums(self) -> torch.Tensor:
-        return torch.zeros(4, device=self.args.device)
+    def _zero_sums(self, num_steps: int) -> torch.Tensor:
+        return torch.zeros(num_steps, _ROWS + 1, device=self.args.device)
 
     def _averages(self, sums: torch.Tensor) -> dict[str, float]:
-        sum_feature_loss, sum_logits_loss, correct, rows = self.accelerator.reduce(sums.clone(), "sum").tolist()
-        rows = max(1.0, rows)
-        return {
-            "feature_loss": sum_feature_loss / rows,
-            "logits_loss": sum_logits_loss / rows,
-            "accuracy": correct / rows,
-        }
+        """Averages over the rows of the trained steps, and the accuracy of each step that was run."""
+        sums = self.accelerator.reduce(sums.clone(), "sum").cpu()
+        sum_feature_loss, sum_logits_loss, _, rows = sums[: self.args.num_draft_steps].sum(dim=0).tolist()
+        metrics = {"feature_loss": sum_feature_loss / max(1.0, rows), "logits_loss": sum_logits_loss / max(1.0, rows)}
+        for step, (_, _, correct, step_rows) in enumerate(sums.tolist(), start=1):
+            metrics["accuracy" if step == 1 else f"accuracy_depth_{step}"] = correct / max(1.0, step_rows)
+        return metrics
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "features", "length"]
+        self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "position_ids", "features", "length"]

@@ -20,6 +20,9 @@ class FSPADTrainingArguments(TrainingArguments):
         max_grad_value: Largest absolute value of a gradient's element; `None` turns it off.
         remove_unused_columns: Must stay `False`: the columns belong to the data collator, not to the head's `forward`.
         max_length: Dialogues are cut to this many tokens.
+        packing: Whether to put several dialogues into one row of up to `max_length` tokens.
+        num_draft_steps: Draft steps that are trained; from the second on the head sees its own features, as it does when
+            it drafts. 1 is the paper's training.
         feature_loss_weight: Weight of the regression of the target's features.
         logits_loss_weight: Weight of the soft cross-entropy against the target's distribution.
         feature_noise: Width of the uniform noise on the input features at 512 tokens; it shrinks as `1 / length`.
@@ -42,6 +45,13 @@ class FSPADTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must stay False: the columns belong to the data collator, not to `forward`."}
     )
     max_length: int = field(default=2048, metadata={"help": "Dialogues are cut to this many tokens."})
+    packing: bool = field(
+        default=False, metadata={"help": "Put several dialogues into one row of up to max_length tokens."}
+    )
+    num_draft_steps: int = field(
+        default=1,
+        metadata={"help": "Draft steps that are trained, from the second on on the head's own features; 1: the paper."},
+    )
     feature_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the regression of the target's features."}
     )
@@ -55,3 +65,18 @@ class FSPADTrainingArguments(TrainingArguments):
     logits_chunk_size: int = field(
         default=128, metadata={"help": "Positions whose logits over the vocabulary are held in memory at once."}
     )
+
+    def __post_init__(self) -> None:
+        """Check what only this class knows of.
+
+        Raises:
+            ValueError: If there is no draft step to train, or there are several for `torch.nn.DataParallel`.
+        """
+        super().__post_init__()
+        if self.num_draft_steps < 1:
+            raise ValueError(f"expected num_draft_steps of at least 1, got {self.num_draft_steps}")
+        if self.num_draft_steps > 1 and self.n_gpu > 1:
+            raise ValueError(
+                f"expected one process for each of the {self.n_gpu} accelerators with num_draft_steps > 1, got one for "
+                "all: start with `torchrun --nproc-per-node` or `accelerate launch`."
+            )
