@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import yaml
 from transformers import HfArgumentParser
 
 from fspad import FSPADConfig, FSPADModel
@@ -65,8 +66,13 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
         raise ImportError(f'training needs {" and ".join(missing)}: `pip install "fspad[train]"`')
     from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
 
-    parser = HfArgumentParser((HeadArguments, FSPADTrainingArguments), prog="fspad train")
-    options, training = parser.parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser(
+        (HeadArguments, FSPADTrainingArguments),
+        prog="fspad train",
+        usage="fspad train [CONFIG.yaml] [--name value ...]",
+        description="CONFIG.yaml may hold any of the arguments; what is given on the command line overrules it.",
+    )
+    options, training = parser.parse_args_into_dataclasses(read_config(parser, arguments))
     train_dataset = load_train_dataset(options)
     eval_dataset = load_dialogues(options.eval_file) if options.eval_file else None
     target, tokenizer = load_target(options.target)
@@ -81,6 +87,39 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
+
+
+def read_config(parser: HfArgumentParser, arguments: list[str]) -> list[str]:
+    """Take the defaults from a YAML file, if the command line begins with one.
+
+    Args:
+        parser: The parser, whose defaults are changed.
+        arguments: The command line after `fspad train`.
+
+    Returns:
+        The arguments that are left to parse.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a mapping of known arguments to values.
+    """
+    if not (arguments and arguments[0].endswith((".yaml", ".yml"))):
+        return arguments
+    path, *rest = arguments
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no such file: {path}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected YAML in {path}, got what cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"expected lines of `name: value` in {path}, got {type(values).__name__}")
+    known = {action.dest for action in parser._actions}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown arguments in {path}: {', '.join(unknown)}; see `fspad train --help`")
+    # Numbers in a form that YAML takes for text, as 5e-5, are converted with the types of the arguments.
+    parser.set_defaults(**values)
+    return rest
 
 
 def run_training(trainer: FSPADTrainer) -> None:

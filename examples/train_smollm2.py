@@ -41,7 +41,10 @@ class ExampleArguments:
         metadata={"help": "JSONL files whose `prompt` must not be trained on (held-out prompts)."},
     )
     cache_features: bool = field(default=False, metadata={"help": "Compute the target's features once, onto disk."})
-    draft_vocab_size: int = field(default=8192, metadata={"help": "Tokens the head scores; 0 for all."})
+    head: str | None = field(default=None, metadata={"help": "Folder of a head to continue from; by default a new one."})
+    feature_sampling: bool = field(default=True, metadata={"help": "Variant of a new head."})
+    partial_alignment: bool = field(default=True, metadata={"help": "Variant of a new head."})
+    draft_vocab_size: int = field(default=8192, metadata={"help": "Tokens a new head scores; 0 for all."})
     num_eval_dialogs: int = field(default=100, metadata={"help": "Dialogues kept out of training to evaluate on."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest synthesised answer."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
@@ -99,9 +102,17 @@ def load_dialogs(
 def make_head(
     example: ExampleArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
 ) -> FSPADModel:
-    """Make an untrained head that scores the tokens which the target writes most often."""
-    # A tree of the size that paid best on a CPU with two cores
-    config = FSPADConfig.from_target(target.config, draft_depth=4, num_draft_tokens=16)
+    """Load the head to continue from, or make one that scores the tokens which the target writes most often."""
+    if example.head is not None:
+        return FSPADModel.from_pretrained(example.head, dtype=torch.float32)
+    config = FSPADConfig.from_target(
+        target.config,
+        feature_sampling=example.feature_sampling,
+        partial_alignment=example.partial_alignment,
+        # A tree of the size that paid best on a CPU with two cores
+        draft_depth=4,
+        num_draft_tokens=15,
+    )
     head = FSPADModel.from_target(target, config)
     if example.draft_vocab_size:
         counts = count_token_frequencies(dataset, target.config.vocab_size)

@@ -184,6 +184,40 @@ def test_train_says_which_dialogues_are_missing(arguments, message, tmp_path):
     assert message in plain(result.output)
 
 
+def test_train_takes_its_arguments_from_a_file(pair, tmp_path):
+    target, _ = pair
+    dialogues = tmp_path / "dialogues.jsonl"
+    dialogues.write_text('{"prompt_ids": [1, 2], "response_ids": [3, 4, 5]}\n' * 4)
+    config = tmp_path / "head.yaml"
+    config.write_text(
+        f"target: {target}\ntrain_file: {dialogues}\noutput_dir: {tmp_path / 'head'}\nuse_cpu: true\nmax_steps: 9\n"
+        "learning_rate: 5e-4\nnum_draft_steps: 2\npartial_alignment: false\nlr_scheduler_kwargs: {}\n"
+    )
+    result = run("train", config, "--max_steps", 1)
+    assert result.exit_code == 0, result.output
+    args = torch.load(tmp_path / "head" / "training_args.bin", weights_only=False)
+    assert (args.learning_rate, args.num_draft_steps, args.max_steps) == (5e-4, 2, 1)
+    assert not fspad.FSPADModel.from_pretrained(tmp_path / "head").config.partial_alignment
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("train_fil: a", "unknown arguments in .*: train_fil;"),
+        ("- a", "expected lines of `name: value` in .* got list"),
+        ("a: [", "expected YAML in"),
+    ],
+)
+def test_unusable_files_of_arguments(text, message, tmp_path):
+    path = tmp_path / "head.yaml"
+    if text is not None:
+        path.write_text(text)
+    result = run("train", path)
+    assert result.exit_code == 1
+    assert re.search(message, plain(result.output))
+
+
 def test_compare_measures_both_ways_and_counts_steps():
     target = make_target()
     head = fspad.FSPADModel.from_target(target)
