@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +26,24 @@ GATED_INPUT = {
 }
 PLAIN_INPUT = {"fc.weight": "feature_sampling.fc.weight", "fc.bias": "feature_sampling.fc.bias"}
 DROPPED = "embed_tokens.weight"  # a copy of the target's own embedding
+DRAFT_TO_TARGET = "d2t"  # the target's id of each draft token, minus the draft's own
+# What `config.json` may say beyond the layer itself; exported heads do.
+DRAFTING_FIELDS = ("draft_depth", "draft_top_k", "num_draft_tokens", "target_model_name", "target_revision")
 
 
-def convert_checkpoint(source: Path, destination: Path, target: str) -> FSPADModel:
+def is_head(source: Path) -> bool:
+    """Whether a folder holds an FSPAD head, by its `config.json`.
+
+    Args:
+        source: The folder.
+    """
+    try:
+        return json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type") == "fspad"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def convert_checkpoint(source: Path, destination: Path, target: str | None) -> FSPADModel:
     """Convert a checkpoint folder and save the head.
 
     Args:
@@ -39,19 +55,34 @@ def convert_checkpoint(source: Path, destination: Path, target: str) -> FSPADMod
         The head, as it was saved.
 
     Raises:
-        ValueError: If the checkpoint is unreadable, is no FSPAD or EAGLE-1/2 head, or does not fit the target.
+        ValueError: If the checkpoint is unreadable, is no FSPAD or EAGLE-1/2 head, or does not fit the target, or if
+            there is no target.
         FileNotFoundError: If the source folder lacks a file.
         FileExistsError: If the destination holds something already.
     """
     from transformers import AutoConfig
 
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists already: name a new or empty folder")
+    check_destination(destination)
+    if target is None:
+        raise ValueError(f"expected --target ID, the model that the checkpoint in {source} was trained for, got none")
     source_config = load_source_config(source)
     head = convert_state_dict(load_weights(source), source_config, AutoConfig.from_pretrained(target))
     with quiet_loading():
         head.save_pretrained(destination)
     return head
+
+
+def check_destination(destination: Path) -> None:
+    """Make sure that nothing is overwritten.
+
+    Args:
+        destination: Folder to write to.
+
+    Raises:
+        FileExistsError: If it holds something already.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists already: name a new or empty folder")
 
 
 def convert_state_dict(
@@ -78,6 +109,7 @@ def convert_state_dict(
     if len(weights) < len(state_dict):
         raise ValueError("some weights are there twice, with and without the prefix 'model.': remove one set")
     weights.pop(DROPPED, None)
+    draft_to_target = weights.pop(DRAFT_TO_TARGET, None)
     dtype = _common_dtype(weights)
     is_gated = any(name in weights for name in GATED_INPUT)
     has_bias = any(f"layers.0.self_attn.{letter}_proj.bias" in weights for letter in "qkvo")
@@ -86,6 +118,7 @@ def convert_state_dict(
     config = FSPADConfig.from_target(
         target_config,
         **_layer_options(source_config),
+        **{name: value for name in DRAFTING_FIELDS if (value := getattr(source_config, name, None)) is not None},
         attention_bias=has_bias,
         feature_sampling=is_gated,
         partial_alignment=down_proj is not None and down_proj.shape[:1] == (2 * hidden_size,),
@@ -96,13 +129,32 @@ def convert_state_dict(
         optional["layers.0.self_attn.o_proj.bias"] = torch.zeros(hidden_size, dtype=dtype)
     weights = {**optional, **weights}
 
-    names = _name_map(is_gated, has_bias)
+    names = original_names(config)
     _check_names(expected=set(names), got=set(weights))
     with torch.device("meta"):
         expected_shapes = {name: tensor.shape for name, tensor in FSPADModel(config).state_dict().items()}
     _check_shapes(weights, {name: expected_shapes[new_name] for name, new_name in names.items()})
     renamed = {names[name]: tensor for name, tensor in weights.items()}
-    return FSPADModel.from_pretrained(None, config=config, state_dict=renamed, dtype=dtype).eval()
+    head = FSPADModel.from_pretrained(None, config=config, state_dict=renamed, dtype=dtype).eval()
+    if draft_to_target is not None:
+        head.set_draft_vocabulary(draft_to_target.long() + torch.arange(draft_to_target.numel()))
+    return head
+
+
+def original_names(config: FSPADConfig) -> dict[str, str]:
+    """How the original implementations call the weights of a head.
+
+    Args:
+        config: Configuration of the head.
+
+    Returns:
+        The head's name of each weight by its original name.
+    """
+    layer = [f"self_attn.{letter}_proj.weight" for letter in "qkvo"]
+    layer += [f"self_attn.{letter}_proj.bias" for letter in "qkvo"] if config.attention_bias else []
+    layer += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")] + ["post_attention_layernorm.weight"]
+    fused = GATED_INPUT if config.feature_sampling else PLAIN_INPUT
+    return fused | {f"layers.0.{name}": f"layer.{name}" for name in layer}
 
 
 def load_source_config(source: Path) -> PreTrainedConfig:
@@ -176,13 +228,6 @@ def _layer_options(source_config: PreTrainedConfig) -> dict[str, object]:
         # Dynamic RoPE scales from this length on, so the target's would change what the head computes.
         options["max_position_embeddings"] = source_config.max_position_embeddings
     return options
-
-
-def _name_map(is_gated: bool, has_bias: bool) -> dict[str, str]:
-    layer = [f"self_attn.{letter}_proj.weight" for letter in "qkvo"]
-    layer += [f"self_attn.{letter}_proj.bias" for letter in "qkvo"] if has_bias else []
-    layer += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")] + ["post_attention_layernorm.weight"]
-    return (GATED_INPUT if is_gated else PLAIN_INPUT) | {f"layers.0.{name}": f"layer.{name}" for name in layer}
 
 
 def _check_sizes(source_config: PreTrainedConfig, target_config: PreTrainedConfig) -> None:

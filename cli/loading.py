@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -58,12 +58,12 @@ def find_shipped_head() -> Path:
     )
 
 
-def load_head(name_or_path: str, dtype: torch.dtype) -> fspad.FSPADModel:
+def load_head(name_or_path: str, dtype: torch.dtype | Literal["auto"]) -> fspad.FSPADModel:
     """Load an FSPAD head.
 
     Args:
         name_or_path: Folder or Hub id.
-        dtype: Dtype to run it in.
+        dtype: Dtype to run it in; "auto" for that of its weights.
 
     Returns:
         The head in evaluation mode.

@@ -78,20 +78,32 @@ def demo(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of an FSPAD or EAGLE-1/2 checkpoint.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the head.")],
-    target: Annotated[str, typer.Option(help="Hub id or folder of the target; only its configuration is loaded.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of an FSPAD or EAGLE-1/2 checkpoint, or of an FSPAD head.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the result.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id or folder of the target of a checkpoint; only its configuration is loaded. A head needs none."
+        ),
+    ] = None,
 ) -> None:
-    """Convert a checkpoint of the original FSPAD implementation or of EAGLE-1/2 into an FSPAD head.
+    """Convert a checkpoint of the original FSPAD implementation or of EAGLE-1/2 into an FSPAD head, or a head back.
 
-    SRC holds config.json and model.safetensors or pytorch_model.bin. No code in it is ever run.
+    SRC holds config.json and model.safetensors or pytorch_model.bin. No code in it is ever run. Of an FSPAD head, DST
+    becomes the checkpoint that inference servers read: one Llama-style draft layer with the original weight names.
     """
     with one_line_errors():
-        from .convert import convert_checkpoint
+        from .convert import convert_checkpoint, is_head
+        from .server_layout import export_head
 
-        config = convert_checkpoint(source, destination, target).config
+        if is_head(source):
+            layout, config = "server layout, ", export_head(source, destination).config
+        else:
+            layout, config = "", convert_checkpoint(source, destination, target).config
     typer.echo(
-        f"Saved to {destination}: feature_sampling={config.feature_sampling}, "
+        f"Saved to {destination}: {layout}feature_sampling={config.feature_sampling}, "
         f"partial_alignment={config.partial_alignment}, dtype={str(config.dtype).removeprefix('torch.')}."
     )
 
