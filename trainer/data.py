@@ -2,90 +2,221 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
 
+from .chat import tokenize_messages, tokenize_prompt_and_completion
 from .loss import counted_rows
+from .packing import pack_dataset
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.get_logger(__name__)
 
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_ACCEPTED = "`messages`, or `prompt_ids` + `response_ids`, or `input_ids` + `assistant_mask`"
+_ACCEPTED = (
+    "`messages`, or `prompt_ids` + `response_ids`, or `prompt` + `completion`, or `input_ids` + `assistant_mask`"
+)
 _PREPARED = {"input_ids", "assistant_mask", "length"}
+_PACKED = ("input_ids", "assistant_mask", "position_ids")
+# So many rows of a stream are read before it is said to have none to train on.
+_FIRST_ROWS = 1000
 
 
 def prepare_dataset(
-    dataset: Dataset, processing_class: PreTrainedTokenizerBase | None, max_length: int | None = None
-) -> Dataset:
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | None,
+    max_length: int | None = None,
+    packing: bool = False,
+) -> Dataset | IterableDataset:
     """Turn dialogues into token ids and a mask of the assistant's tokens.
 
-    Rows in which the head has nothing to learn after truncation are dropped, and their number is logged. A dataset
-    that was prepared before is returned as it is. A `features` column is kept.
+    Rows in which the head has nothing to learn are dropped, and their number is logged. A dataset that was prepared
+    before is returned as it is. A `features` column is kept, and never read. Streams are prepared while they are read.
 
     Args:
-        dataset: Rows with `messages` (a chat), with `prompt_ids` and `response_ids`, or with `input_ids` and
-            `assistant_mask`.
-        processing_class: The target's tokenizer; only needed for `messages`.
-        max_length: Longer dialogues are cut to this many tokens.
+        dataset: Rows of one of these forms. If there are several, the first of this list is taken:
+
+            - `input_ids` and `assistant_mask`, with `position_ids` if rows are packed;
+            - `prompt_ids` and `response_ids`;
+            - `messages`, a chat of which every turn of the assistant counts;
+            - `prompt` and `completion`: two texts, of which the completion counts and gets the tokenizer's end token,
+              or two lists of messages, of which the assistant's turns in the completion count, and in the prompt not.
+        processing_class: The target's tokenizer; only needed for messages and text.
+        max_length: Longer dialogues are cut to this many tokens: the first ones or, if those leave nothing to learn,
+            those around the start of the first answer. With `features` it is always the first ones.
+        packing: Whether to put several dialogues into one row of up to `max_length` tokens.
 
     Returns:
-        A dataset with the columns `input_ids`, `assistant_mask` and `length`.
+        A dataset with the columns `input_ids`, `assistant_mask` and `length`, and with `position_ids` if rows are packed:
+        they restart at 0 with each dialogue.
 
     Raises:
-        ValueError: If the columns are none of the accepted, `messages` come without a tokenizer, a mask covers a
-            whole dialogue, or no row is left.
+        ValueError: If the columns are none of the accepted, messages or text come without a tokenizer or cannot be
+            tokenized, a mask covers a whole dialogue, no row is left, or this dataset cannot be packed.
     """
-    columns = set(dataset.column_names or next(iter(dataset)))
-    if columns >= _PREPARED and (max_length is None or max(dataset["length"]) <= max_length):
+    import datasets
+
+    is_stream = isinstance(dataset, datasets.IterableDataset)
+    columns = _column_names(dataset, is_stream)
+    is_packed = columns.issuperset(_PACKED)
+    if packing and not is_packed:
+        _check_packing(max_length, columns, is_stream)
+    # Rows as they are stored: a transform would decode features, which can be gigabytes.
+    tokens = dataset.with_format(None)
+    is_prepared = not is_stream and columns >= _PREPARED
+    if not is_prepared or (max_length is not None and max(tokens["length"][:]) > max_length):
+        is_prepared = False
+        tokens = _to_tokens(tokens, columns, processing_class, max_length, is_stream)
+    kept = tokens.filter(_has_counted_rows, input_columns=["input_ids", "assistant_mask"])
+    if is_stream:
+        _check_first_rows(tokens)
+        return kept
+    _report_dropped(len(tokens), len(kept))
+    if len(kept) == len(tokens):
+        kept = tokens
+    if packing and not is_packed:
+        return pack_dataset(kept, max_length)
+    if is_prepared and kept is tokens:
         return dataset
-    form = next((form for form in _FORMS if columns.issuperset(form)), None)
-    if form is None:
-        raise ValueError(f"expected a dataset with {_ACCEPTED}, got the columns {sorted(columns)}; rename yours.")
-    if form == ("messages",) and processing_class is None:
-        raise ValueError(
-            "expected a tokenizer as `processing_class` for a dataset with `messages`, got None; pass the target's "
-            "tokenizer, or rows with token ids."
-        )
-
-    def tokenize(*values: Any) -> dict[str, Any]:
-        input_ids, assistant_mask = _FORMS[form](*values, processing_class)
-        return _check_and_truncate(input_ids, assistant_mask, max_length)
-
-    prepared = dataset.map(
-        tokenize, input_columns=list(form), remove_columns=sorted(columns - {*_PREPARED, "features"})
-    )
-    # Of columns that a row does not need nothing may be read here: features can be gigabytes.
-    kept = prepared.filter(_has_counted_rows, input_columns=["assistant_mask"])
-    if hasattr(prepared, "__len__"):
-        _report_dropped(len(prepared), len(kept))
+    if "features" in columns:
+        kept = kept.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
     return kept
 
 
-def _report_dropped(before: int, after: int) -> None:
-    if after == 0:
+def _column_names(dataset: Dataset | IterableDataset, is_stream: bool) -> set[str]:
+    # A stream may not know the names of its columns, nor whether it has a row.
+    names = next(iter(dataset), None) if is_stream else len(dataset) and dataset.column_names
+    if not names:
         raise ValueError(
-            f"expected at least one dialogue with two tokens of the assistant in a row, got none in {before} rows; check "
-            "that the chat template marks the assistant's turns, that `assistant_mask` has ones, and that `max_length` "
-            "leaves room for the answers."
+            f"expected a dataset with {_ACCEPTED}, got one without rows; check the path, the split and the filters that "
+            "it comes from."
         )
-    if after < before:
-        logger.warning(f"Dropped {before - after} of {before} rows without tokens of the assistant within max_length.")
+    return set(names)
 
 
-def _has_counted_rows(assistant_mask: list[int]) -> bool:
-    return bool(counted_rows(torch.as_tensor(assistant_mask)).any())
+def _check_packing(max_length: int | None, columns: set[str], is_stream: bool) -> None:
+    if max_length is None:
+        raise ValueError(
+            "expected `max_length` with `packing=True`, got None; pass the most tokens that a row may have."
+        )
+    if is_stream:
+        raise ValueError(
+            "expected a `datasets.Dataset` with `packing=True`, got a stream; load it without `streaming=True`, or leave "
+            "packing off."
+        )
+    if "features" in columns:
+        raise ValueError(
+            "expected rows without `features` with `packing=True`, got a dataset with such a column; remove it, or leave "
+            "packing off."
+        )
 
 
-def _check_and_truncate(input_ids: list[int], assistant_mask: list[int], max_length: int | None) -> dict[str, Any]:
+def _to_tokens(
+    dataset: Dataset | IterableDataset,
+    columns: set[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+    is_stream: bool,
+) -> Dataset | IterableDataset:
+    import datasets
+
+    form = next((form for form in [_PACKED, *_FORMS] if columns.issuperset(form)), None)
+    if form is None:
+        raise ValueError(f"expected a dataset with {_ACCEPTED}, got the columns {sorted(columns)}; rename yours.")
+    if form in _NEED_TOKENIZER and tokenizer is None:
+        raise ValueError(
+            "expected a tokenizer as `processing_class` for a dataset with "
+            f"{' and '.join(f'`{name}`' for name in form)}, got None; pass the target's tokenizer, or rows with token ids."
+        )
+    kwargs: dict[str, Any] = {"input_columns": list(form), "fn_kwargs": {"max_length": max_length}}
+    if form != _PACKED:
+        tokenizer = _unused(tokenizer) if form in _NEED_TOKENIZER else None
+        kwargs["fn_kwargs"] |= {"form": form, "tokenizer": tokenizer, "has_features": "features" in columns}
+    to_row = _packed_row if form == _PACKED else _dialogue_row
+    if is_stream:
+        return dataset.map(to_row, remove_columns=sorted(columns - {"features"}), **kwargs)
+    types = {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "assistant_mask": datasets.List(datasets.Value("int8")),
+    }
+    if form == _PACKED:
+        types["position_ids"] = types["input_ids"]
+    types["length"] = datasets.Value("int64")
+    tokens = dataset.select_columns(list(form)).map(
+        to_row, remove_columns=list(form), features=datasets.Features(types), desc="Tokenizing dialogues", **kwargs
+    )
+    if "features" in columns:
+        # Beside the tokens, since mapping would copy them.
+        tokens = datasets.concatenate_datasets([tokens, dataset.select_columns(["features"])], axis=1)
+    return tokens
+
+
+def _unused(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy without what a tokenizer remembers of its use, which would change the fingerprint of the cached rows."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.deprecation_warnings = {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    return tokenizer
+
+
+def _dialogue_row(
+    *values: Any,
+    form: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+    has_features: bool,
+) -> dict[str, Any]:
+    input_ids, assistant_mask = _FORMS[form](*values, tokenizer)
+    _check_mask(input_ids, assistant_mask)
+    start = 0 if has_features or max_length is None else _window_start(assistant_mask, max_length)
+    end = None if max_length is None else start + max_length
+    input_ids = input_ids[start:end]
+    # Nothing predicts the first token, and a mask that covers all that is left would look like a wrong one.
+    assistant_mask = [0, *assistant_mask[start:end][1:]] if input_ids else []
+    return {"input_ids": input_ids, "assistant_mask": assistant_mask, "length": len(input_ids)}
+
+
+def _packed_row(
+    input_ids: Sequence[int], assistant_mask: Sequence[int], position_ids: Sequence[int], max_length: int | None
+) -> dict[str, Any]:
+    input_ids, assistant_mask, position_ids = _ints(input_ids), _ints(assistant_mask), _ints(position_ids)
+    _check_mask(input_ids, assistant_mask)
+    if len(position_ids) != len(input_ids):
+        raise ValueError(
+            f"expected one position for each token, got {len(input_ids)} input_ids and {len(position_ids)} position_ids; "
+            "rebuild the row."
+        )
+    if max_length is not None and len(input_ids) > max_length:
+        raise ValueError(
+            f"expected packed rows of at most max_length={max_length} tokens, got one of {len(input_ids)}; pack the "
+            "dialogues again with this max_length."
+        )
+    assistant_mask = [value if position else 0 for value, position in zip(assistant_mask, position_ids, strict=True)]
+    row = {"input_ids": input_ids, "assistant_mask": assistant_mask, "position_ids": position_ids}
+    return {**row, "length": len(input_ids)}
+
+
+def _window_start(assistant_mask: list[int], max_length: int) -> int:
+    """Where to cut so that a row counts, if one of the dialogue does; at the beginning if that will do."""
+    rows = counted_rows(torch.as_tensor(assistant_mask)).nonzero()
+    if len(rows) == 0 or int(rows[0]) + 2 < max_length:
+        return 0
+    first_token = int(rows[0]) + 1
+    return max(0, min(first_token - max_length // 2, len(assistant_mask) - max_length))
+
+
+def _check_mask(input_ids: list[int], assistant_mask: list[int]) -> None:
     if len(input_ids) != len(assistant_mask):
         raise ValueError(
             f"expected one mask value for each token, got {len(input_ids)} input_ids and {len(assistant_mask)} values "
@@ -96,63 +227,55 @@ def _check_and_truncate(input_ids: list[int], assistant_mask: list[int], max_len
             f"expected a mask of the assistant's tokens, got ones for all {len(input_ids)} tokens; the prompt must be "
             "in the row and be masked with zeros."
         )
-    input_ids, assistant_mask = input_ids[:max_length], assistant_mask[:max_length]
-    return {"input_ids": input_ids, "assistant_mask": assistant_mask, "length": len(input_ids)}
 
 
-def _from_messages(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    if _GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-        encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-        return list(encoded["input_ids"]), [int(value) for value in encoded["assistant_masks"]]
-    return _from_role_markers(messages, tokenizer)
+def _has_counted_rows(input_ids: list[int], assistant_mask: list[int]) -> bool:
+    _check_mask(input_ids, assistant_mask)
+    return bool(counted_rows(torch.as_tensor(assistant_mask)).any())
 
 
-def _from_role_markers(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Find the assistant's turns between two renderings of the template: up to the turn, and with it."""
+def _check_first_rows(stream: IterableDataset) -> None:
+    looked_at = 0
+    for row in islice(stream, _FIRST_ROWS):
+        if _has_counted_rows(row["input_ids"], row["assistant_mask"]):
+            return
+        looked_at += 1
+    _report_dropped(looked_at, 0)
 
-    def render(end: int, add_generation_prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:end], tokenize=False, add_generation_prompt=add_generation_prompt
+
+def _report_dropped(before: int, after: int) -> None:
+    if after == 0:
+        raise ValueError(
+            f"expected at least one dialogue with two tokens of the assistant in a row, got none in {before} rows; check "
+            "that the chat template marks the assistant's turns, that `assistant_mask` has ones, and that `max_length` "
+            "leaves room for the answers."
         )
-
-    text = render(len(messages))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    assistant_mask = [0] * len(input_ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, through = render(turn, add_generation_prompt=True), render(turn + 1)
-        if not (through.startswith(before) and text.startswith(through)):
-            raise ValueError(
-                f"expected a chat template that renders turn {turn} after its prompt, got {through!r} for the prompt "
-                f"{before!r} in {text!r}; put a {{% generation %}} block into the template, or pass token ids."
-            )
-        # A token across the border counts as the prompt's: at inference the prompt is tokenized alone.
-        span = [i for i, (a, b) in enumerate(offsets) if a >= len(before) and b <= len(through) and b > a]
-        # What a template writes after the end token (a line break, mostly) is not generated.
-        ends = [i for i in span if input_ids[i] == tokenizer.eos_token_id]
-        for i in span:
-            assistant_mask[i] = int(not ends or i <= ends[-1])
-    return input_ids, assistant_mask
+    if after < before:
+        logger.warning(f"Dropped {before - after} of {before} rows without two tokens of the assistant in a row.")
 
 
-def _from_prompt_and_response(prompt: list[int], response: list[int], _: Any) -> tuple[list[int], list[int]]:
-    return [*prompt, *response], [0] * len(prompt) + [1] * len(response)
+def _from_mask(input_ids: Sequence[int], assistant_mask: Sequence[int], _: Any) -> tuple[list[int], list[int]]:
+    return _ints(input_ids), _ints(assistant_mask)
 
 
-def _from_mask(input_ids: list[int], assistant_mask: list[int], _: Any) -> tuple[list[int], list[int]]:
-    return list(input_ids), [int(value) for value in assistant_mask]
+def _from_prompt_and_response(prompt: Sequence[int], response: Sequence[int], _: Any) -> tuple[list[int], list[int]]:
+    prompt, response = _ints(prompt), _ints(response)
+    # Without a prompt there is nothing that the response was drafted after.
+    return (prompt + response, [0] * len(prompt) + [1] * len(response)) if prompt else ([], [])
+
+
+def _ints(values: Sequence[int] | None) -> list[int]:
+    return [] if values is None else [int(value) for value in values]
 
 
 # Token ids before text: they are what the target really wrote.
 _FORMS = {
     ("input_ids", "assistant_mask"): _from_mask,
     ("prompt_ids", "response_ids"): _from_prompt_and_response,
-    ("messages",): _from_messages,
+    ("messages",): tokenize_messages,
+    ("prompt", "completion"): tokenize_prompt_and_completion,
 }
+_NEED_TOKENIZER = (("messages",), ("prompt", "completion"))
 
 
 @dataclass
@@ -169,12 +292,15 @@ class DataCollatorForFSPAD:
         """Pad rows.
 
         Args:
-            rows: Each with `input_ids` and `assistant_mask` of one length, and maybe with precomputed `features` of shape
-                `(length, hidden)`; of longer features the first are used, so that dialogues may be cut later.
+            rows: Each with `input_ids` and `assistant_mask` of one length, maybe with the `position_ids` of packed
+                dialogues, and maybe with precomputed `features` of shape `(length, hidden)`; of longer features the
+                first are used, so that dialogues may be cut later.
 
         Returns:
-            `input_ids`, `attention_mask` and `assistant_mask` of shape `(batch, longest)` and dtype int64, and maybe
-            `features` of shape `(batch, longest, hidden)`.
+            `input_ids`, `attention_mask` and `assistant_mask` of shape `(batch, longest)` and dtype int64, and what the
+            rows have of `position_ids` of the same and `features` of shape `(batch, longest, hidden)`. Padding is at
+            position 0, so that each of its tokens is a dialogue of its own: targets tell packed dialogues apart only if
+            they are given no `attention_mask`.
         """
         input_ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
         columns = {
@@ -182,6 +308,8 @@ class DataCollatorForFSPAD:
             "attention_mask": _pad([torch.ones_like(ids) for ids in input_ids]),
             "assistant_mask": _pad([torch.as_tensor(row["assistant_mask"], dtype=torch.long) for row in rows]),
         }
+        if "position_ids" in rows[0]:
+            columns["position_ids"] = _pad([torch.as_tensor(row["position_ids"], dtype=torch.long) for row in rows])
         if "features" in rows[0]:
             columns["features"] = _pad(
                 [torch.as_tensor(row["features"])[: len(ids)] for row, ids in zip(rows, input_ids, strict=True)]
@@ -193,19 +321,30 @@ def _pad(tensors: list[torch.Tensor], value: float = 0) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
-def count_token_frequencies(dataset: Dataset, vocab_size: int) -> torch.Tensor:
+def count_token_frequencies(
+    dataset: Dataset | IterableDataset, vocab_size: int, max_rows: int | None = None
+) -> torch.Tensor:
     """Count how often the assistant writes each token.
 
     Args:
         dataset: A prepared dataset.
         vocab_size: Vocabulary size of the target.
+        max_rows: Count only in the first so many rows, e.g. of a stream.
 
     Returns:
         Counts of shape `(vocab_size,)` and dtype int64.
+
+    Raises:
+        ValueError: If a token is not in the vocabulary.
     """
     counts = torch.zeros(vocab_size, dtype=torch.long)
-    for row in dataset.select_columns(["input_ids", "assistant_mask"]):
+    for row in islice(dataset.select_columns(["input_ids", "assistant_mask"]), max_rows):
         ids = torch.as_tensor(row["input_ids"])[torch.as_tensor(row["assistant_mask"]).bool()]
+        if ids.numel() and ids.max() >= vocab_size:
+            raise ValueError(
+                f"expected token ids below {vocab_size}, the target's vocabulary size, got {int(ids.max())}; tokenize the "
+                "dataset with this target's tokenizer."
+            )
         counts += torch.bincount(ids, minlength=vocab_size)
     return counts
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def compute_features(
-    target: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    target: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the target over right-padded dialogues.
 
@@ -25,6 +28,8 @@ def compute_features(
         target: The model whose features are wanted; in evaluation mode.
         input_ids: Token ids of shape `(batch, length)`.
         attention_mask: 1 where a token is not padding, of shape `(batch, length)`.
+        position_ids: Of shape `(batch, length)`, restarting at 0 with each dialogue, if several are packed into a row.
+            No `attention_mask` may come with them: transformers would no longer tell the dialogues apart.
 
     Returns:
         Features of shape `(batch, length, hidden)` in the target's dtype.
@@ -33,6 +38,8 @@ def compute_features(
     device = target.get_input_embeddings().weight.device
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask.to(device)
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids.to(device)
     # One row of logits, because a target cannot be asked for none.
     with FeatureTap(target) as tap, tap.record(logits_to_keep=1) as recorded:
         target(input_ids=input_ids.to(device), use_cache=False, **kwargs)
