@@ -125,10 +125,33 @@ def train(context: typer.Context) -> None:
 
 @app.command()
 def synthesize(
-    prompts: Annotated[Path, typer.Option(help='JSON-lines file with a field "prompt".')],
     output: Annotated[
-        Path, typer.Option(help="JSON-lines file of dialogues; a run that was interrupted goes on where it stopped.")
+        Path,
+        typer.Option(
+            help="File of dialogues, .jsonl or .parquet; a run that was interrupted goes on where it stopped."
+        ),
     ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE_OR_HUB_ID",
+            help='Prompts to answer: JSON lines (may be gzipped), Parquet or a Hub id, with a field "prompt"; may be '
+            "given more than once.",
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Let the target write so many prompts itself, into .prompts.jsonl beside the output."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE_OR_HUB_ID", help="Held-out prompts, not to be answered; may be given more than once."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of datasets from the Hub.")] = "train",
     target: Annotated[
         str | None, typer.Option(help="Hub id or folder of the target; by default SmolLM2-135M-Instruct.")
     ] = None,
@@ -141,16 +164,28 @@ def synthesize(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = 0,
 ) -> None:
-    """Let a target answer prompts, to train a head on what the target itself writes."""
+    """Let a target answer prompts, given or written by itself, to train a head on what the target itself writes.
+
+    A file may be gone on with more prompts, but not with another target, dtype, temperature, length or seed.
+    """
     with one_line_errors():
         import torch
 
-        from fspad.trainer.synthesize import synthesize as write_dialogues
+        from .synthesize import run_synthesis
 
-        from .loading import load_target, read_prompts
-
-        texts = read_prompts(prompts)
-        model, tokenizer = load_target(target, getattr(torch, dtype.value) if dtype else None)
-        count = write_dialogues(model, tokenizer, texts, output, temperature or (0.0, 1.0), batch_size, max_new_tokens)
+        count = run_synthesis(
+            output,
+            prompts or (),
+            split,
+            num_prompts,
+            exclude or (),
+            target,
+            getattr(torch, dtype.value) if dtype else None,
+            temperature or (0.0, 1.0),
+            batch_size,
+            max_new_tokens,
+            seed,
+        )
     typer.echo(f"Wrote {count} dialogues to {output}.")

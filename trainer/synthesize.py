@@ -2,88 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count as count_from
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import DynamicCache
+from transformers.utils import logging
+
+from .completion import complete, find_end_ids
+from .resumable import ResumableFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.get_logger(__name__)
+
 # Not a text that a user would write, and the same after every template.
 _PLACEHOLDER = "FSPAD-USER-TURN"
-
-
-@torch.inference_mode()
-def complete(
-    target: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    temperatures: Sequence[float],
-    max_new_tokens: int,
-    end_ids: Sequence[int],
-) -> list[list[int]]:
-    """Continue a batch of prompts. Rows that have ended leave the batch, so that the rest gets faster.
-
-    Args:
-        target: The model that writes.
-        prompts: Token ids of each prompt, at least one each.
-        temperatures: For each prompt 0 for greedy decoding, or the temperature to sample at.
-        max_new_tokens: Longest answer.
-        end_ids: Tokens that end an answer.
-
-    Returns:
-        New token ids of each prompt, the end token included.
-    """
-    device = target.get_input_embeddings().weight.device
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
-    cache = DynamicCache(config=target.config)
-    kwargs = {"logits_to_keep": 1} if target._supports_logits_to_keep() else {}
-    answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        logits = target(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            **kwargs,
-        ).logits[:, -1]
-        tokens = _draw(logits.float(), temperature)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            answers[row].append(token)
-        going = [i for i, row in enumerate(rows) if answers[row][-1] not in end_ids]
-        if not going:
-            break
-        if len(going) < len(rows):
-            kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
-            rows = [rows[i] for i in going]
-            tokens, temperature = tokens[kept], temperature[kept]
-            attention_mask, position_ids = attention_mask[kept], position_ids[kept]
-        input_ids = tokens[:, None]
-        position_ids = position_ids[:, -1:] + 1
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
-    return answers
-
-
-def _draw(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """One token a row: the most probable where the temperature is 0, else a sample."""
-    tokens = logits.argmax(dim=-1)
-    hot = temperature > 0
-    if hot.any():
-        probs = (logits[hot] / temperature[hot, None]).softmax(dim=-1)
-        tokens[hot] = torch.multinomial(probs, 1)[:, 0]
-    return tokens
+# Prompts of so many batches are sorted by length, for less padding.
+_WINDOW = 8
+# After so many attempts in a row without a new prompt, a target is taken to have no more.
+_MAX_FRUITLESS = 320
 
 
 def synthesize(
@@ -94,151 +35,238 @@ def synthesize(
     temperatures: Sequence[float] = (0.0, 1.0),
     batch_size: int = 32,
     max_new_tokens: int = 512,
+    seed: int = 0,
 ) -> int:
-    """Let the target answer prompts, and append the dialogues to a JSONL file as they finish.
+    """Let the target answer prompts, and append the dialogues to a file as they finish.
 
-    An interrupted run goes on where it stopped: rows whose `index` is in the file are skipped, and a line that was
-    only half written is done again.
+    An interrupted run goes on where it stopped, even if it was killed: rows whose `index` is in the file are skipped,
+    and a line that was only half written is done again. The random numbers of an answer follow from `seed` and its
+    index alone, so that this does not change what is sampled.
 
     Args:
         target: The target.
         tokenizer: Its tokenizer, with a chat template.
         prompts: Texts of the user. Their order gives the index, so append new prompts at the end.
-        output_file: File to append to, with one object a line: `index`, `temperature`, `messages`, `prompt_ids`,
-            `response_ids`.
+        output_file: File to append to, `.jsonl` or `.parquet`, with the columns `index`, `temperature`, `messages`,
+            `prompt_ids`, `response_ids`. Within a few batches, short prompts come first. A Parquet file appears when
+            all are answered; until then, rows are in a `.parquet.jsonl` beside it.
         temperatures: Used in turn: prompt i gets `temperatures[i % len(temperatures)]`. 0 is greedy.
         batch_size: Prompts at once.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer. An answer that does not end by then is kept. A prompt that leaves less room than
+            this in the target's `max_position_embeddings` is left out, and the number of such prompts is logged.
+        seed: Seed of the answers.
 
     Returns:
         How many dialogues were written.
+
+    Raises:
+        OSError: If the file cannot be written, e.g. to a full disk. It can be gone on with.
+        ValueError: If the file was begun with other prompts, another target or other settings, or no prompt is short
+            enough.
     """
-    output_file = Path(output_file)
-    done = _read_done(output_file, prompts)
-    missing = [index for index in range(len(prompts)) if index not in done]
-    end_ids = _end_ids(target, tokenizer)
-    columns = [TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    columns.append(TextColumn("{task.fields[speed]:.0f} tokens/s"))
-    written_tokens = 0
-    with output_file.open("a", encoding="utf-8") as file, Progress(*columns) as progress:
-        task = progress.add_task("answers", total=len(prompts), completed=len(done), speed=0.0)
-        for start in range(0, len(missing), batch_size):
-            indices = missing[start : start + batch_size]
-            chats = [[{"role": "user", "content": prompts[index]}] for index in indices]
-            prompt_ids = [_prompt_ids(tokenizer, chat) for chat in chats]
-            heat = [float(temperatures[index % len(temperatures)]) for index in indices]
-            answers = complete(target, prompt_ids, heat, max_new_tokens, end_ids)
-            for index, temperature, chat, ids, answer in zip(indices, heat, chats, prompt_ids, answers, strict=True):
-                text = tokenizer.decode(answer, skip_special_tokens=True)
-                row = {
+    settings = _settings(target, temperatures, max_new_tokens, seed)
+    file = ResumableFile(Path(output_file), settings)
+    done = _read_done(file, prompts)
+    end_ids = find_end_ids(target, tokenizer)
+    longest = _longest_prompt(target, max_new_tokens)
+    written = 0
+    with _show_progress("answers", len(prompts), len(done)) as advance:
+        for batch in _batches(tokenizer, prompts, done, batch_size, longest):
+            indices, prompt_ids = zip(*batch, strict=True)
+            heat = [settings["temperatures"][index % len(temperatures)] for index in indices]
+            seeds = [f"{seed} answer {index}" for index in indices]
+            answers = complete(target, prompt_ids, heat, max_new_tokens, end_ids, seeds)
+            file.append(
+                {
                     "index": index,
                     "temperature": temperature,
-                    "messages": [*chat, {"role": "assistant", "content": text}],
+                    "messages": [
+                        _user(prompts[index]),
+                        {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)},
+                    ],
                     "prompt_ids": ids,
                     "response_ids": answer,
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                written_tokens += len(answer)
-            file.flush()
-            elapsed = progress.tasks[task].elapsed or 1.0
-            progress.update(task, advance=len(indices), speed=written_tokens / elapsed)
-    return len(missing)
+                for index, temperature, ids, answer in zip(indices, heat, prompt_ids, answers, strict=True)
+            )
+            written += len(batch)
+            advance(len(batch), sum(map(len, answers)))
+    _report_too_long(len(prompts), len(done) + written, longest)
+    file.finish()
+    return written
 
 
-def _read_done(path: Path, prompts: Sequence[str]) -> set[int]:
-    """Indices of the rows in a file, which must answer these prompts; what follows its last line break is cut off."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return set()
-    done, end = set(), 0
-    with path.open("rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            row = json.loads(line)
-            index = row.get("index")
-            if index is None or index >= len(prompts) or row["messages"][0]["content"] != prompts[index]:
-                raise ValueError(
-                    f"expected answers to these prompts in {path}, got one to another prompt in line {len(done) + 1}: "
-                    "write to a new file, or go on with the prompts that it began with."
-                )
-            done.add(index)
-            end += len(line)
-        file.truncate(end)
+def _settings(
+    target: PreTrainedModel, temperatures: Sequence[float], max_new_tokens: int, seed: int
+) -> dict[str, Any]:
+    """What the rows of a file depend on."""
+    name = target.config._name_or_path
+    return {
+        "target": str(Path(name).resolve()) if name and Path(name).is_dir() else name,
+        "revision": getattr(target.config, "_commit_hash", None),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "temperatures": list(map(float, temperatures)),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+
+
+def _read_done(file: ResumableFile, prompts: Sequence[str]) -> set[int]:
+    """Indices of the rows in a file, which must answer these prompts."""
+    done: set[int] = set()
+    for number, row in enumerate(file.read(), start=1):
+        index = row.get("index")
+        if index is None or index >= len(prompts) or row["messages"][0]["content"] != prompts[index]:
+            raise ValueError(
+                f"expected answers to these prompts in {file.path}, got one to another prompt in line {number}: write to a "
+                "new file, or go on with the prompts that it began with."
+            )
+        done.add(index)
     return done
 
 
-def _end_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer, by the generation config (which knows of end-of-turn tokens), else the tokenizer."""
-    ids = target.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def _longest_prompt(target: PreTrainedModel, max_new_tokens: int) -> float:
+    """How many tokens a prompt may have."""
+    positions = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions - max_new_tokens if positions else float("inf")
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> list[int]:
-    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+def _batches(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    done: Collection[int],
+    batch_size: int,
+    longest: float,
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Indices and token ids of missing prompts, a batch at a time.
+
+    Windows begin at fixed indices, so that a run which goes on makes the same batches as one that never stopped.
+    """
+    for start in range(0, len(prompts), _WINDOW * batch_size):
+        indices = range(start, min(start + _WINDOW * batch_size, len(prompts)))
+        window = [(index, _prompt_ids(tokenizer, prompts[index])) for index in indices if index not in done]
+        window = sorted((row for row in window if len(row[1]) <= longest), key=lambda row: len(row[1]))
+        for first in range(0, len(window), batch_size):
+            yield window[first : first + batch_size]
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    encoded = tokenizer.apply_chat_template([_user(prompt)], add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def _report_too_long(asked: int, answered: int, longest: float) -> None:
+    if answered == asked:
+        return
+    limit = f"at most {longest} tokens, as the answer needs room within the target's `max_position_embeddings`"
+    if answered == 0:
+        raise ValueError(f"expected prompts of {limit}, got {asked} that are all longer; lower `max_new_tokens`.")
+    logger.warning(f"Left out {asked - answered} of {asked} prompts: they must have {limit}.")
+
+
+@contextmanager
+def _show_progress(title: str, total: int, completed: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal; yields a function that takes how many rows and how many tokens are new."""
+    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    columns.append(TextColumn("{task.fields[speed]:.0f} tokens/s"))
+    with Progress(*columns) as progress:
+        task = progress.add_task(title, total=total, completed=completed, speed=0.0)
+        tokens = 0
+
+        def advance(rows: int, new_tokens: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            progress.update(task, advance=rows, speed=tokens / (progress.tasks[task].elapsed or 1.0))
+
+        yield advance
 
 
 def write_prompts(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
+    output_file: str | Path,
     temperature: float = 1.0,
     batch_size: int = 32,
     max_new_tokens: int = 128,
-) -> Iterator[str]:
+    seed: int = 0,
+) -> list[str]:
     """Let the target write the user's turns itself: it continues its chat template from where the user would write.
+
+    An interrupted run goes on where it stopped, as that of [`synthesize`]. With a larger count, more are appended, the
+    same ones that the larger count would have given at once.
 
     Args:
         target: The target; trained on its chat template, else it writes anything.
         tokenizer: Its tokenizer, with a chat template.
-        count: How many distinct prompts.
+        count: How many distinct prompts there shall be in the file.
+        output_file: File to append to, `.jsonl` or `.parquet`, with the columns `index` (of the attempt, as not every one
+            gives a prompt), `temperature`, `prompt`.
         temperature: Sampling temperature.
         batch_size: Prompts at once.
         max_new_tokens: A prompt that does not end within this many tokens is not used.
+        seed: Seed of the prompts.
 
-    Yields:
-        Distinct prompts that are not empty.
+    Returns:
+        All prompts in the file, distinct and not empty: `count`, or more if there were more.
 
     Raises:
-        ValueError: If the chat template does not show the user's text as it is.
-        RuntimeError: If ten batches in a row have no new prompt.
+        OSError: If the file cannot be written, e.g. to a full disk. It can be gone on with.
+        ValueError: If the chat template does not show the user's text as it is, 320 attempts in a row give no new
+            prompt, or the file was begun with another target or other settings.
     """
-    yield from islice(_distinct_prompts(target, tokenizer, temperature, batch_size, max_new_tokens), count)
+    file = ResumableFile(Path(output_file), _settings(target, [temperature], max_new_tokens, seed))
+    rows = list(file.read())
+    prompts = {row["prompt"]: None for row in rows}
+    opening, end_ids = _user_turn(target, tokenizer)
+    next_attempt = rows[-1]["index"] + 1 if rows else 0
+    fruitless = 0
+    with _show_progress("prompts", max(count, len(prompts)), len(prompts)) as advance:
+        # The batch that was not finished is done once more from its beginning, so that batches stay the same.
+        batches = count_from(next_attempt - next_attempt % batch_size, batch_size)
+        while len(prompts) < count and fruitless < _MAX_FRUITLESS:
+            attempts = range(start := next(batches), start + batch_size)
+            seeds = [f"{seed} prompt {attempt}" for attempt in attempts]
+            written = complete(
+                target, [opening] * batch_size, [temperature] * batch_size, max_new_tokens, end_ids, seeds
+            )
+            new: dict[str, int] = {}
+            for attempt, ids in zip(attempts, written, strict=True):
+                text = _finished_text(tokenizer, ids, end_ids)
+                if attempt >= next_attempt and text and text not in prompts and len(prompts) + len(new) < count:
+                    new.setdefault(text, attempt)
+            file.append({"index": new[text], "temperature": temperature, "prompt": text} for text in new)
+            prompts.update(dict.fromkeys(new))
+            fruitless = 0 if new else fruitless + batch_size
+            advance(len(new), sum(map(len, written)))
+    if len(prompts) < count:
+        raise ValueError(
+            f"expected new prompts from {type(target).__name__}, got none in {fruitless} attempts after {len(prompts)}; "
+            "it may not be trained on its chat template: pass prompts instead."
+        )
+    file.finish()
+    return list(prompts)
 
 
-def _distinct_prompts(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    temperature: float,
-    batch_size: int,
-    max_new_tokens: int,
-) -> Iterator[str]:
-    chat = [{"role": "user", "content": _PLACEHOLDER}]
-    before, found, after = tokenizer.apply_chat_template(chat, tokenize=False).partition(_PLACEHOLDER)
+def _user_turn(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids before what the user writes, and those that end it."""
+    before, found, after = tokenizer.apply_chat_template([_user(_PLACEHOLDER)], tokenize=False).partition(_PLACEHOLDER)
     if not found or not before:
         raise ValueError(
             f"expected a chat template with text before the user's turn, got {before + found + after!r}; pass prompts "
             "instead."
         )
     opening = tokenizer(before, add_special_tokens=False)["input_ids"]
-    end_ids = {*_end_ids(target, tokenizer), *tokenizer(after, add_special_tokens=False)["input_ids"][:1]}
-    seen: set[str] = set()
-    fruitless = 0
-    while fruitless < 10:
-        new = set()
-        for ids in complete(
-            target, [opening] * batch_size, [temperature] * batch_size, max_new_tokens, sorted(end_ids)
-        ):
-            text = tokenizer.decode(ids[:-1]).strip()
-            # A special token inside means that the target had left the user's turn.
-            is_plain = not set(ids[:-1]) & set(tokenizer.all_special_ids)
-            if ids[-1] in end_ids and is_plain and text and text not in seen:
-                seen.add(text)
-                new.add(text)
-                yield text
-        fruitless = 0 if new else fruitless + 1
-    raise RuntimeError(
-        f"expected new prompts from {type(target).__name__}, got none in ten batches after {len(seen)}; it may not be "
-        "trained on its chat template: pass prompts instead."
-    )
+    closing = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    return opening, sorted({*find_end_ids(target, tokenizer), *closing})
+
+
+def _finished_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], end_ids: Collection[int]) -> str:
+    """The text of a user's turn that was ended; nothing if there is a special token inside, which has left the turn."""
+    if ids[-1] not in end_ids or set(ids[:-1]) & set(tokenizer.all_special_ids):
+        return ""
+    return tokenizer.decode(ids[:-1]).strip()

@@ -1,0 +1,116 @@
+"""Batched generation of plain continuations, with random numbers that do not depend on how rows are batched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.inference_mode()
+def complete(
+    target: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    seeds: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """Continue a batch of prompts. Rows that have ended leave the batch, so that the rest gets faster.
+
+    Args:
+        target: The model that writes.
+        prompts: Token ids of each prompt, at least one each.
+        temperatures: For each prompt 0 for greedy decoding, or the temperature to sample at.
+        max_new_tokens: Longest answer.
+        end_ids: Tokens that end an answer.
+        seeds: For each prompt what its draws follow from, whatever else is in the batch; by default its place in it.
+
+    Returns:
+        New token ids of each prompt, the end token included.
+
+    Raises:
+        ValueError: If the target does not keep what it has read in a cache of transformers.
+    """
+    device = target.get_input_embeddings().weight.device
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
+    draws = [random.Random(seed) for seed in (seeds or map(str, range(len(prompts))))]
+    cache = DynamicCache(config=target.config)
+    kwargs = {"logits_to_keep": 1} if target._supports_logits_to_keep() else {}
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        outputs = target(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **kwargs,
+        )
+        _check_cache(target, outputs)
+        uniform = torch.tensor([draws[row].random() for row in rows], dtype=torch.float32, device=device)
+        tokens = _next_tokens(outputs.logits[:, -1].float(), temperature, uniform)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            answers[row].append(token)
+        going = [i for i, row in enumerate(rows) if answers[row][-1] not in end_ids]
+        if not going:
+            break
+        if len(going) < len(rows):
+            kept = torch.tensor(going, device=device)
+            # Made for beams, this is the one selection of rows that the cache layers of all architectures know.
+            cache.reorder_cache(kept)
+            rows = [rows[i] for i in going]
+            tokens, temperature = tokens[kept], temperature[kept]
+            attention_mask, position_ids = attention_mask[kept], position_ids[kept]
+        input_ids = tokens[:, None]
+        position_ids = position_ids[:, -1:] + 1
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
+    return answers
+
+
+def _check_cache(target: PreTrainedModel, outputs: object) -> None:
+    # A target that takes another kind of cache ignores ours, and would read nothing but the last token.
+    if getattr(outputs, "past_key_values", None) is None:
+        raise ValueError(
+            f"expected a target that keeps keys and values in `past_key_values`, got {type(target).__name__}, which does "
+            "not; FSPAD decodes plainly with such a target, so a head for it would be of no use."
+        )
+
+
+def _next_tokens(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """One token a row: the most probable where the temperature is 0, else the one that a number in [0, 1) picks."""
+    tokens = logits.argmax(dim=-1)
+    hot = temperature > 0
+    if hot.any():
+        cumulative = (logits[hot] / temperature[hot, None]).softmax(dim=-1).cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        # Rounding must not lift the number to the total, where no token is left to pick.
+        number = torch.minimum(uniform[hot, None] * total, total.nextafter(torch.zeros_like(total)))
+        tokens[hot] = torch.searchsorted(cumulative, number, right=True)[:, 0]
+    return tokens
+
+
+def find_end_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Find the tokens that end an answer.
+
+    Args:
+        target: The model that writes.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        Those of the generation config, which knows of end-of-turn tokens, else that of the tokenizer, if it has one.
+    """
+    ids = target.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

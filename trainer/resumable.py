@@ -1,0 +1,168 @@
+"""Files of rows that a run appends to, and goes on with after it was interrupted anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def check_suffix(path: Path) -> None:
+    """Check that this kind of file can be written.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        ImportError: If that needs a package that is missing.
+        ValueError: If it ends in neither `.jsonl` nor `.parquet`.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"expected an output file that ends in {' or '.join(SUFFIXES)}, got {path}")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError('writing Parquet needs pyarrow: `pip install "fspad[train]"`')
+
+
+class ResumableFile:
+    """Rows in a JSON-lines or Parquet file, to which only runs with the same settings append.
+
+    The settings are in a file beside it, `NAME.settings.json`. As Parquet cannot be appended to, its rows are collected
+    in `NAME.parquet.jsonl` beside it, until `finish`.
+
+    Args:
+        path: File that ends in `.jsonl` or `.parquet`. Its folder is made.
+        settings: What the rows depend on, as JSON can hold it.
+
+    Raises:
+        ImportError: If Parquet needs a package that is missing.
+        ValueError: If the suffix is another, or the file has rows of a run with other settings or of an unknown one.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        check_suffix(path)
+        self.path = path
+        self.is_parquet = path.suffix == ".parquet"
+        self._rows = path.with_name(path.name + ".jsonl") if self.is_parquet else path
+        self._settings = path.with_name(path.name + ".settings.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if any(file.exists() and file.stat().st_size for file in (path, self._rows)):
+            self._check_settings(settings)
+        else:
+            _write_whole(self._settings, [json.dumps(settings, indent=2, ensure_ascii=False) + "\n"])
+        if self.is_parquet and path.exists() and not self._rows.exists():
+            _write_whole(self._rows, map(_to_line, _read_parquet(path)))
+        self._rows.touch()
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Read the rows that there are, and cut off a line that was only half written.
+
+        Yields:
+            Each row.
+
+        Raises:
+            ValueError: If a line is no JSON.
+        """
+        end = 0
+        with self._rows.open("rb+") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{self._rows}:{number}: expected a row, got {line[:80]!r}; remove this line to have it done again."
+                    ) from error
+                end += len(line)
+            file.truncate(end)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows.
+
+        Args:
+            rows: The rows.
+
+        Raises:
+            OSError: If they cannot be written, e.g. to a full disk. What is in the file stays good to go on with.
+        """
+        lines = "".join(map(_to_line, rows))
+        with _say_how_to_go_on(self._rows), self._rows.open("ab") as file:
+            file.write(lines.encode())
+
+    def finish(self) -> None:
+        """Put the rows into the Parquet file, if it is one, and remove the file that they were collected in.
+
+        Raises:
+            OSError: If it cannot be written. The rows stay where they were collected.
+        """
+        if self.is_parquet:
+            with _say_how_to_go_on(self.path):
+                _write_parquet(self.read(), self.path)
+            self._rows.unlink()
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        if not self._settings.exists():
+            raise ValueError(
+                f"expected {self._settings}, which says how {self.path} was written, got no such file: write to a new file."
+            )
+        before = json.loads(self._settings.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(settings))
+        differences = [
+            f"{name} {before.get(name)!r}, now {now.get(name)!r}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"expected the settings that {self.path} was begun with, got others ({'; '.join(differences)}): go on with "
+                "the former, or write to a new file."
+            )
+
+
+@contextmanager
+def _say_how_to_go_on(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"could not write to {path} ({error.strerror or error}). What was written before is kept: make room, and run "
+            "the same again to go on."
+        ) from error
+
+
+def _to_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
+    """Write a file that is there either whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with _say_how_to_go_on(path), part.open("wb") as file:
+        file.writelines(line.encode() for line in lines)
+    part.replace(path)
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+
+
+def _write_parquet(rows: Iterator[dict[str, Any]], path: Path) -> None:
+    import pyarrow.parquet
+
+    part = path.with_name(path.name + ".part")
+    table = pyarrow.Table.from_pylist(list(islice(rows, 1000)))
+    with pyarrow.parquet.ParquetWriter(part, table.schema) as writer:
+        while len(table):
+            writer.write_table(table)
+            table = pyarrow.Table.from_pylist(list(islice(rows, 1000)), table.schema)
+    part.replace(path)
