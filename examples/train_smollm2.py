@@ -41,7 +41,9 @@ class ExampleArguments:
         metadata={"help": "JSONL files whose `prompt` must not be trained on (held-out prompts)."},
     )
     cache_features: bool = field(default=False, metadata={"help": "Compute the target's features once, onto disk."})
-    head: str | None = field(default=None, metadata={"help": "Folder of a head to continue from; by default a new one."})
+    head: str | None = field(
+        default=None, metadata={"help": "Folder of a head to continue from; by default a new one."}
+    )
     feature_sampling: bool = field(default=True, metadata={"help": "Variant of a new head."})
     partial_alignment: bool = field(default=True, metadata={"help": "Variant of a new head."})
     draft_vocab_size: int = field(default=8192, metadata={"help": "Tokens a new head scores; 0 for all."})

@@ -1,4 +1,4 @@
-"""Targets as people use them: wrapped by PEFT, in pipelines, placed by accelerate."""
+"""Targets as people use them: in pipelines, placed by accelerate."""
 
 import pytest
 import tokenizers
@@ -10,39 +10,6 @@ import fspad
 
 PROMPT = torch.tensor([[1, 2, 3, 4]])
 OPTIONS = {"max_new_tokens": 25, "do_sample": False}
-
-
-@pytest.mark.parametrize("adapts_lm_head", [False, True])
-def test_peft_target(adapts_lm_head):
-    import peft
-
-    target = make_target(vocab_size=9)
-    head = make_head(target)
-    before = target.generate(PROMPT, **OPTIONS)
-    modules = ["q_proj", "v_proj"] + ["lm_head"] * adapts_lm_head
-    config = peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(target, config).eval()
-    plain = wrapped.generate(input_ids=PROMPT, **OPTIONS)
-    assert not torch.equal(plain, before), "the adapter changes nothing, so nothing is tested"
-    for draft_vocab_size in (None, 5):
-        head = make_head(make_target(vocab_size=9), draft_vocab_size=draft_vocab_size)
-        output = wrapped.generate(input_ids=PROMPT, assistant_model=head, return_dict_in_generate=True, **OPTIONS)
-        assert torch.equal(output.sequences, plain)
-        assert draft_vocab_size or output.accept_lengths.max() > 1
-
-
-@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig"])
-def test_targets_with_virtual_tokens_decode_plainly(config):
-    import peft
-
-    target = make_target(vocab_size=9)
-    wrapped = peft.get_peft_model(target, getattr(peft, config)(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
-    plain = wrapped.generate(input_ids=PROMPT, **OPTIONS)
-    output = wrapped.generate(
-        input_ids=PROMPT, assistant_model=make_head(target), return_dict_in_generate=True, **OPTIONS
-    )
-    assert torch.equal(output.sequences, plain)
-    assert set(output.accept_lengths.tolist()) == {1}
 
 
 def test_pipeline():

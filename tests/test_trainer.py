@@ -127,7 +127,7 @@ def test_loss_of_several_draft_steps_is_averaged_over_their_rows(tmp_path):
     trainer = make_trainer(tmp_path, num_draft_steps=3, feature_noise=0.0)
     (row, *_) = prepare_dataset(Dataset.from_list([{"prompt_ids": [1, 2, 3], "response_ids": [4, 5, 6, 7]}]), None)
     loss, outputs = trainer.compute_loss(trainer.model.train(), DataCollatorForFSPAD()([row]), return_outputs=True)
-    feature_sums, logits_sums, correct, rows = outputs["sums"].T
+    feature_sums, logits_sums, _, rows = outputs["sums"].T
     # Four tokens of the assistant: three rows, of which two begin a chain of two steps, and one begins one of three.
     assert rows.tolist() == [3, 2, 1]
     assert loss.item() == pytest.approx((feature_sums.sum() + 0.1 * logits_sums.sum()).item() / 6)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import CONFIG_NAME
 
 from fspad.target import LMHead, check_target, embed_tokens
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from datasets import Dataset
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
     from transformers.trainer_utils import EvalLoopOutput
 
@@ -57,6 +60,39 @@ class ClipGradientValues(TrainerCallback):
             nn.utils.clip_grad_value_(model.parameters(), args.max_grad_value)
 
 
+def check_virtual_tokens(target: PreTrainedModel) -> None:
+    """Check that a target sees the tokens of a dialogue and no others.
+
+    Args:
+        target: The target, maybe wrapped by PEFT.
+
+    Raises:
+        ValueError: If prompt tuning, prefix tuning or the like puts virtual tokens before its inputs.
+    """
+    adapter = getattr(target, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"expected a target without virtual tokens, got one with {adapter.peft_type.value}: a head cannot draft for "
+            "it. Adapt the weights of the target instead, as LoRA does."
+        )
+
+
+def check_adapter(peft_config: PeftConfig) -> None:
+    """Check that an adapter can be put on a head.
+
+    Args:
+        peft_config: The adapter's configuration.
+
+    Raises:
+        ValueError: If it has a task type.
+    """
+    if peft_config.task_type is not None:
+        raise ValueError(
+            f"expected an adapter without a task type, got {peft_config.task_type}: PEFT's wrappers for tasks pass on "
+            "other inputs than a head takes. Leave `task_type` out of the adapter's configuration."
+        )
+
+
 class FSPADTrainer(Trainer):
     """Trainer of an FSPAD head. The target runs beside it, is never changed, and never saved.
 
@@ -67,8 +103,10 @@ class FSPADTrainer(Trainer):
     evaluation always goes as deep as the head's drafts.
 
     Args:
-        model: The head. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16 weights.
-        target: The target, or its Hub id or path.
+        model: The head. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16 weights. Of a head that
+            PEFT wraps, only the adapter is trained and saved.
+        target: The target, or its Hub id or path. Adapters of its weights, as LoRA's, are part of it while they are
+            active.
         args: Training arguments.
         train_dataset: Dialogues in any form that [`~fspad.trainer.data.prepare_dataset`] accepts. Rows with a
             `features` column need no forward pass of the target.
@@ -76,21 +114,24 @@ class FSPADTrainer(Trainer):
         processing_class: The target's tokenizer, for datasets with `messages`. It is not kept: a trainer saves its
             tokenizer beside the model and gives the model its special tokens, and both are the target's.
         data_collator: By default a [`DataCollatorForFSPAD`].
+        peft_config: The adapter to wrap the head with, e.g. `LoraConfig(target_modules="all-linear")`; by default none.
         **kwargs: As in [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If the head does not fit the target, or a dataset has nothing to train on.
+        ValueError: If the head does not fit the target, the target has virtual tokens, the adapter is made for a task,
+            or a dataset has nothing to train on.
     """
 
     def __init__(
         self,
-        model: FSPADModel,
+        model: FSPADModel | PeftModel,
         target: PreTrainedModel | str,
         args: FSPADTrainingArguments | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -98,13 +139,19 @@ class FSPADTrainer(Trainer):
         if isinstance(target, str):
             target = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
         check_target(model.config, target)
+        check_virtual_tokens(target)
+        if (adapter := peft_config or getattr(model, "active_peft_config", None)) is not None:
+            check_adapter(adapter)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
         if getattr(target, "hf_device_map", None) is None:
             target = target.to(args.device)
         self.target = target.eval()
 
         def prepare(dataset: Dataset) -> Dataset:
-            packing = {"packing": True} if args.packing else {}
-            return prepare_dataset(dataset, processing_class, args.max_length, **packing)
+            return prepare_dataset(dataset, processing_class, args.max_length, args.packing)
 
         with args.main_process_first(desc="preparing the datasets"):
             if train_dataset is not None:
@@ -186,9 +233,7 @@ class FSPADTrainer(Trainer):
         if features is None:
             # Packed dialogues are told apart by their positions, which a padding mask would overrule.
             mask = inputs["attention_mask"] if position_ids is None else None
-            features = compute_features(
-                self.target, inputs["input_ids"], mask, *([] if position_ids is None else [position_ids])
-            )
+            features = compute_features(self.target, inputs["input_ids"], mask, position_ids)
         # The head may be wrapped in autocast; its own weights say what goes in.
         features = features.to(device=self.args.device, dtype=self.model.dtype)
         batch = align(inputs["input_ids"], features, inputs["assistant_mask"], position_ids)
@@ -210,14 +255,16 @@ class FSPADTrainer(Trainer):
         return self._lm_head
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        saved = type(self.model.config).from_pretrained(resume_from_checkpoint)
-        for name in ("feature_sampling", "partial_alignment", "draft_vocab_size"):
-            expected, got = getattr(saved, name), getattr(self.model.config, name)
-            if expected != got:
-                raise ValueError(
-                    f"expected a head with {name}={expected}, as in {resume_from_checkpoint}, got {name}={got}: resume "
-                    "with the head that the training began with."
-                )
+        # A checkpoint of an adapter has no configuration of the head.
+        if Path(resume_from_checkpoint, CONFIG_NAME).is_file():
+            saved = type(self.model.config).from_pretrained(resume_from_checkpoint)
+            for name in ("feature_sampling", "partial_alignment", "draft_vocab_size"):
+                expected, got = getattr(saved, name), getattr(self.model.config, name)
+                if expected != got:
+                    raise ValueError(
+                        f"expected a head with {name}={expected}, as in {resume_from_checkpoint}, got {name}={got}: "
+                        "resume with the head that the training began with."
+                    )
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         # The draft vocabulary is part of the checkpoint
         self._lm_head = None
@@ -293,4 +340,11 @@ class FSPADTrainer(Trainer):
         return metrics
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "assistant_mask", "position_ids", "features", "length"]
+        self._signature_columns = [
+            "input_ids",
+            "attention_mask",
+            "assistant_mask",
+            "position_ids",
+            "features",
+            "length",
+        ]

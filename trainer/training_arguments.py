@@ -50,7 +50,9 @@ class FSPADTrainingArguments(TrainingArguments):
     )
     num_draft_steps: int = field(
         default=1,
-        metadata={"help": "Draft steps that are trained, from the second on on the head's own features; 1: the paper."},
+        metadata={
+            "help": "Draft steps that are trained, from the second on on the head's own features; 1: the paper."
+        },
     )
     feature_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the regression of the target's features."}
