@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import fspad
+from fspad.bench.measuring import Comparison, compare, total
 
 from .loading import encode, find_shipped_head, load_head, load_target, read_prompts
-from .measuring import Comparison, compare, total
 from .smollm2 import TARGET_NAME
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import HfArgumentParser, PreTrainedModel
 
+from fspad.bench.measuring import Comparison, measure
 from fspad.cli.loading import find_shipped_head, load_head
-from fspad.cli.measuring import Comparison, measure
 from fspad.cli.smollm2 import load_smollm2
 from fspad.cli.train import load_dialogues
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments

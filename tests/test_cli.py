@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import fspad
+from fspad.bench.measuring import Answer, Comparison, compare, total
 from fspad.cli import app
 from fspad.cli.demo import results_table
 from fspad.cli.loading import encode, read_prompts
-from fspad.cli.measuring import Answer, Comparison, compare, total
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {% generation %}{{ m['content'] }}{% endgeneration %} ; {% endfor %}"

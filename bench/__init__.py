@@ -1,0 +1,1 @@
+"""Measuring heads against plain decoding."""
