@@ -48,17 +48,21 @@ class _Frontier:
 class Drafter:
     """Drafts trees for one call of `generate`. Nothing of its state is kept on head or target.
 
+    A head with a trimmed vocabulary also scores the tokens of the prompt, however rare they are elsewhere: names, foreign
+    words and numbers are what a text copies from its prompt.
+
     Args:
         head: The FSPAD head.
         target: The model that it assists.
         knobs: Size of the drafts.
+        prompt_ids: Token ids of the prompt, of shape `(batch, length)`.
     """
 
-    def __init__(self, head: FSPADModel, target: PreTrainedModel, knobs: DraftingKnobs):
+    def __init__(self, head: FSPADModel, target: PreTrainedModel, knobs: DraftingKnobs, prompt_ids: torch.LongTensor):
         self.head = head
         self.target = target
         self.knobs = knobs
-        self.lm_head = LMHead(target, head.active_draft_vocab_ids)
+        self.lm_head = LMHead(target, _with_prompt(head.active_draft_vocab_ids, prompt_ids))
         self.cache = DynamicCache()
         self.padding_mask: torch.Tensor | None = None
 
@@ -102,7 +106,7 @@ class Drafter:
         if num_levels > 0:
             frontier = self._first_level(nodes)
             for level in range(1, num_levels):
-                if self._is_hopeless(frontier):
+                if self._is_hopeless(frontier, nodes):
                     break
                 frontier = self._next_level(nodes, frontier, level)
             self.cache.crop(-(frontier.visible.shape[-1] - frontier.visible.shape[1]))
@@ -158,9 +162,12 @@ class Drafter:
         # Rounding may lift a probability above 1, and no child may score above its parent
         return tokens, log_probs.clamp(max=0.0)
 
-    def _is_hopeless(self, frontier: _Frontier) -> bool:
+    def _is_hopeless(self, frontier: _Frontier, nodes: DraftedNodes) -> bool:
         threshold = self.knobs.confidence_threshold
-        return threshold is not None and bool(frontier.scores.max().exp() < threshold)
+        if threshold is not None and bool(frontier.scores.max().exp() < threshold):
+            return True
+        # The wait for the device costs less than a level that leaves the tree as it is
+        return not nodes.can_improve(frontier.scores, self.knobs.num_draft_tokens)
 
     def _run_head(
         self,
@@ -192,3 +199,11 @@ class Drafter:
         allowed = torch.cat([true_positions, visible], dim=-1)[:, None]
         mask = torch.zeros(allowed.shape, dtype=self.head.dtype, device=visible.device)
         return mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+
+
+def _with_prompt(vocab_ids: torch.LongTensor | None, prompt_ids: torch.LongTensor) -> torch.LongTensor | None:
+    """The draft vocabulary and those tokens of the prompt that are not in it; `None` for all tokens."""
+    if vocab_ids is None:
+        return None
+    prompt_ids = prompt_ids.to(vocab_ids.device).unique()
+    return torch.cat([vocab_ids, prompt_ids[~torch.isin(prompt_ids, vocab_ids)]])

@@ -124,7 +124,7 @@ class AssistedDecodingMixin:
             keep_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
             keep_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
         )
-        drafter = Drafter(self, target, drafting_knobs(self.config, generation_config, mode))
+        drafter = Drafter(self, target, drafting_knobs(self.config, generation_config, mode), input_ids)
         loop = DecodingLoop(target, drafter, chooser, mode, generation_config, model_kwargs)
         sequences = loop.run(input_ids)
         if streamer is not None:

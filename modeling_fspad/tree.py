@@ -79,6 +79,20 @@ class DraftedNodes:
         self.scores.append(scores.nan_to_num(nan=-torch.inf))
         return first
 
+    def can_improve(self, scores: torch.FloatTensor, num_draft_tokens: int) -> bool:
+        """Whether descendants of some nodes could be among the best of all, so that drafting on is of use.
+
+        No descendant scores above its ancestor, and of equal scores the earlier node is kept.
+
+        Args:
+            scores: Cumulative log-probabilities of the nodes, of shape `(batch, nodes)`.
+            num_draft_tokens: How many nodes are kept in the end.
+        """
+        if len(self) < num_draft_tokens:
+            return True
+        worst_kept = torch.cat(self.scores, dim=1).topk(num_draft_tokens, dim=1).values[:, -1]
+        return bool((scores.amax(dim=1) > worst_kept).any())
+
     def best_tree(self, root_tokens: torch.LongTensor, num_draft_tokens: int) -> DraftTree:
         """Re-rank all drafted nodes and keep the best (EAGLE-2, arXiv 2406.16858, section 4.2).
 

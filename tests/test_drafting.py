@@ -6,6 +6,9 @@ from goldens import VARIANTS, load_golden
 import fspad
 from fspad.drafting import Drafter, DraftingKnobs
 from fspad.target import embed_tokens
+from fspad.tree import DraftedNodes
+
+NO_PROMPT = torch.empty(1, 0, dtype=torch.long)
 
 
 def draft_golden(golden, dtype, num_first_rows=None):
@@ -13,7 +16,7 @@ def draft_golden(golden, dtype, num_first_rows=None):
     metadata, tensors = golden.metadata, golden.tensors
     golden.head.to(dtype), golden.target.to(dtype)
     knobs = DraftingKnobs(int(metadata["depth"]), int(metadata["top_k"]), int(metadata["total_tokens"]) - 1)
-    drafter = Drafter(golden.head, golden.target, knobs)
+    drafter = Drafter(golden.head, golden.target, knobs, tensors["input_ids"])
     features, next_embeds = tensors["features"].to(dtype), embed_tokens(golden.target, tensors["input_ids"][:, 1:])
     positions = torch.arange(features.shape[1])[None]
     pieces = [slice(0, num_first_rows), slice(num_first_rows, None)] if num_first_rows else [slice(None)]
@@ -45,7 +48,7 @@ def make_drafter(batch=1, padding_mask=None, length=6, seed=0, knobs=None, **hea
     torch.manual_seed(seed)
     config = fspad.FSPADConfig.from_target(target.config, initializer_range=0.3, **head_options)
     head = fspad.FSPADModel.from_target(target, config)
-    drafter = Drafter(head, target, knobs or DraftingKnobs(3, 4, 15))
+    drafter = Drafter(head, target, knobs or DraftingKnobs(3, 4, 15), NO_PROMPT)
     features = torch.randn(batch, length, 32)
     positions = torch.arange(length).expand(batch, -1)
     if padding_mask is not None:
@@ -90,7 +93,7 @@ def test_rows_of_a_batch_draft_as_alone_and_padding_is_invisible():
     fspad.FSPADModel.from_target(both.target, both.head.config)  # the same random numbers as in make_drafter
     features, embeds = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
     for row, start in ((0, 2), (1, 0)):
-        alone = Drafter(both.head, both.target, both.knobs)
+        alone = Drafter(both.head, both.target, both.knobs, NO_PROMPT)
         own = slice(row, row + 1)
         alone.extend(features[own, start:], embeds[own, start:], torch.arange(6 - start)[None])
         tree = alone.draft(torch.tensor([[5], [7]])[own], max_depth=100)
@@ -129,14 +132,52 @@ def test_confidence_threshold_stops_early():
 
 
 @torch.no_grad()
+def test_levels_that_cannot_change_the_tree_are_not_drafted(monkeypatch):
+    def draft(seed, num_draft_tokens):
+        levels, next_level = [], Drafter._next_level
+        with monkeypatch.context() as patch:
+            patch.setattr(Drafter, "_next_level", lambda *args: levels.append(args) or next_level(*args))
+            drafter = make_drafter(seed=seed, knobs=DraftingKnobs(5, 4, num_draft_tokens))
+            tree = drafter.draft(torch.tensor([[5]]), max_depth=100)
+        assert drafter.cache.get_seq_length() == 6
+        return tree, len(levels)
+
+    saved = []
+    for seed in range(8):
+        for num_draft_tokens in (6, 9, 30):
+            tree, num_levels = draft(seed, num_draft_tokens)
+            with monkeypatch.context() as patch:
+                patch.setattr(DraftedNodes, "can_improve", lambda *_: True)
+                whole_tree, all_levels = draft(seed, num_draft_tokens)
+            assert all_levels == 5
+            assert torch.equal(tree.tokens, whole_tree.tokens)
+            assert torch.equal(tree.ancestors, whole_tree.ancestors)
+            saved.append(all_levels - num_levels)
+    assert sum(saved) > 0
+
+
+@torch.no_grad()
 def test_draft_vocabulary_restricts_drafts_and_can_be_lowered_at_run_time():
     drafter = make_drafter(draft_vocab_size=7)
     drafter.head.set_draft_vocabulary(torch.tensor([9, 3, 21, 0, 14, 6, 11]))
     for size, allowed in ((7, {9, 3, 21, 0, 14, 6, 11}), (3, {9, 3, 21})):
         drafter.head.config.draft_vocab_size = size
-        trimmed = Drafter(drafter.head, drafter.target, drafter.knobs)
+        trimmed = Drafter(drafter.head, drafter.target, drafter.knobs, NO_PROMPT)
         trimmed.extend(torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.arange(4)[None])
         assert set(trimmed.draft(torch.tensor([[5]]), max_depth=100).tokens[0, 1:].tolist()) <= allowed
     drafter.head.config.draft_vocab_size = 8
     with pytest.raises(ValueError, match="draft_vocab_size is 8, but the head holds 7"):
-        Drafter(drafter.head, drafter.target, drafter.knobs)
+        Drafter(drafter.head, drafter.target, drafter.knobs, NO_PROMPT)
+
+
+@torch.no_grad()
+def test_tokens_of_the_prompt_are_drafted_whatever_the_draft_vocabulary():
+    drafter = make_drafter(draft_vocab_size=3)
+    drafter.head.set_draft_vocabulary(torch.tensor([9, 3, 21]))
+    prompt = torch.tensor([[5, 3, 17], [17, 5, 0]])
+    with_prompt = Drafter(drafter.head, drafter.target, DraftingKnobs(0, 50, 50), prompt)
+    with_prompt.extend(torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.arange(4)[None])
+    tree = with_prompt.draft(torch.tensor([[5]]), max_depth=100)
+    assert sorted(tree.tokens[0, 1:].tolist()) == [0, 3, 5, 9, 17, 21]
+    drafter.head.set_draft_vocabulary(None)
+    assert Drafter(drafter.head, drafter.target, drafter.knobs, prompt).lm_head.token_ids is None

@@ -33,6 +33,14 @@ def test_a_child_that_ties_with_its_parent_never_replaces_it():
     assert tree.tokens.tolist() == [[7, 10, 11]]
 
 
+def test_only_nodes_above_the_worst_kept_can_have_descendants_in_the_tree():
+    nodes = two_levels([-0.1, -2.0], [-0.5, -3.0, -2.5, -4.0], [0, 0, 1, 1])
+    assert nodes.can_improve(torch.tensor([[-0.5, -2.5]]), num_draft_tokens=3)
+    assert not nodes.can_improve(torch.tensor([[-2.0]]), num_draft_tokens=3)  # a tie, which the earlier node wins
+    assert nodes.can_improve(torch.tensor([[-2.0]]), num_draft_tokens=4)
+    assert nodes.can_improve(torch.tensor([[-9.0]]), num_draft_tokens=7)  # there is room
+
+
 def is_closed(tree: DraftTree) -> bool:
     """Whether every parent stands before its child, one level above it."""
     nodes = torch.arange(tree.num_nodes)
