@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from fspad import FSPADConfig, FSPADModel
 
@@ -76,6 +76,8 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
     train_dataset = load_train_dataset(options)
     eval_dataset = load_dialogues(options.eval_file) if options.eval_file else None
     target, tokenizer = load_target(options.target)
+    # A new head is the same one in every run, and in every process, of each of which FSDP takes a part.
+    set_seed(training.seed)
     head = make_head(options, target)
     if options.draft_vocab_size is not None:
         train_dataset = trim_vocabulary(head, train_dataset, tokenizer, training, options.draft_vocab_size)
@@ -220,7 +222,8 @@ def trim_vocabulary(
     """
     from fspad.trainer.data import count_token_frequencies, most_frequent_tokens, prepare_dataset
 
-    prepared = prepare_dataset(dataset, tokenizer, training.max_length)
+    with training.main_process_first(desc="preparing the dataset"):
+        prepared = prepare_dataset(dataset, tokenizer, training.max_length)
     counts = count_token_frequencies(prepared, head.config.vocab_size)
     head.set_draft_vocabulary(most_frequent_tokens(counts, size, tokenizer.all_special_ids))
     return prepared

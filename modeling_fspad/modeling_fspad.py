@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
@@ -48,8 +49,12 @@ class FSPADOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
-class GatedMLP(nn.Module):
-    """A gated MLP whose gate may look at another input than the rest, and whose output may have another size."""
+class GatedMLP(GradientCheckpointingLayer):
+    """A gated MLP whose gate may look at another input than the rest, and whose output may have another size.
+
+    It is what gradient checkpointing computes again: most of a head's activations are in it, and it has no cache, which
+    a decoder layer would extend a second time.
+    """
 
     def __init__(self, config: FSPADConfig, output_size: int):
         super().__init__()
@@ -112,6 +117,7 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
     config_class = FSPADConfig
     base_model_prefix = "model"
     main_input_name = "features"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -223,6 +229,10 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
         )
         return FSPADOutput(predict=predict, regress=regress, past_key_values=past_key_values if use_cache else None)
 
+    def get_input_embeddings(self) -> None:
+        """A head has none: it borrows the target's. Sharding and quantisation ask."""
+        return None
+
     def set_draft_vocabulary(self, token_ids: torch.Tensor | None) -> None:
         """Let the head score these tokens only, or all of them again. Verification stays over the full vocabulary.
 
@@ -277,7 +287,13 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
         state_dict.pop("draft_vocab_ids", None)
         if (vocab_ids := self.active_draft_vocab_ids) is not None:
             state_dict["draft_vocab_ids"] = vocab_ids.clone()
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        # FSDP makes the head one of a class in torch, whose file would be saved as the code that loads it
+        own_class = type(self)
+        self.__class__ = next(base for base in own_class.__mro__ if not base.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self.__class__ = own_class
 
 
 # At module level: a head that came by remote code must be savable with its code, and its import be all `generate` needs.

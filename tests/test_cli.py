@@ -19,6 +19,7 @@ from fspad.bench.measuring import Answer, Comparison, compare, total
 from fspad.cli import app
 from fspad.cli.demo import results_table
 from fspad.cli.loading import encode, read_prompts
+from fspad.cli.train import make_trainer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {% generation %}{{ m['content'] }}{% endgeneration %} ; {% endfor %}"
@@ -198,6 +199,16 @@ def test_train_takes_its_arguments_from_a_file(pair, tmp_path):
     args = torch.load(tmp_path / "head" / "training_args.bin", weights_only=False)
     assert (args.learning_rate, args.num_draft_steps, args.max_steps) == (5e-4, 2, 1)
     assert not fspad.FSPADModel.from_pretrained(tmp_path / "head").config.partial_alignment
+
+
+def test_new_heads_follow_the_seed(pair, tmp_path):
+    target, _ = pair
+    dialogues = tmp_path / "dialogues.jsonl"
+    dialogues.write_text('{"prompt_ids": [1, 2], "response_ids": [3, 4, 5]}\n' * 4)
+    arguments = [f"--target={target}", f"--train_file={dialogues}", f"--output_dir={tmp_path}", "--use_cpu"]
+    one, same, other = (make_trainer([*arguments, f"--seed={seed}"]).model.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    assert not torch.equal(one["feature_sampling.fc.weight"], other["feature_sampling.fc.weight"])
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""Targets as people use them: in pipelines, placed by accelerate."""
+"""Targets as people use them: in pipelines, placed by accelerate, quantised."""
+
+import copy
 
 import pytest
 import tokenizers
 import torch
 from conftest import make_head, make_target
+from test_trainer import losses, make_trainer, weights
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import fspad
@@ -88,3 +91,92 @@ def test_scores_of_drafts_have_the_targets_scale(family, options):
     torch.testing.assert_close(LMHead(target, ids)(recorded[0]), logits[..., ids], atol=1e-5, rtol=1e-5)
     plain = target.generate(PROMPT, **OPTIONS)
     assert torch.equal(target.generate(PROMPT, assistant_model=make_head(target), **OPTIONS), plain)
+
+
+def dispatch(target, folder):
+    import accelerate
+
+    # Spread over devices, with weights on the disk in the middle and at the end.
+    names = [
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1",
+        "model.layers.2",
+        "model.norm",
+        "model.rotary_emb",
+    ]
+    device_map = dict.fromkeys([*names, "lm_head"], "cpu") | dict.fromkeys(["model.layers.1", "lm_head"], "disk")
+    return accelerate.dispatch_model(target, device_map, main_device="cpu", offload_dir=folder / "offload")
+
+
+def dispatch_all(target, folder):
+    import accelerate
+
+    accelerate.cpu_offload(target, execution_device=torch.device("cpu"))
+    target.hf_device_map = {"": "cpu"}
+    return target
+
+
+def reload(target, folder):
+    target.save_pretrained(folder / "target")
+    return AutoModelForCausalLM.from_pretrained(folder / "target", device_map={"": "cpu"})
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+@pytest.mark.parametrize("place", [reload, dispatch, dispatch_all])
+def test_training_on_placed_targets(tmp_path, place, draft_vocab_size):
+    """The trainer leaves a target where accelerate has put it, and trains the same head on it."""
+    results = []
+    for is_placed in (False, True):
+        target = make_target()
+        head = make_head(target, draft_vocab_size=draft_vocab_size)
+        if is_placed:
+            target = place(target, tmp_path)
+        before = {name: parameter.device for name, parameter in target.named_parameters()}
+        trainer = make_trainer(tmp_path, target, head=head, num_draft_steps=2)
+        trainer.train()
+        results.append((losses(trainer), weights(trainer)))
+        assert {name: parameter.device for name, parameter in target.named_parameters()} == before
+        assert all(parameter.grad is None for parameter in target.parameters())
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(tensor, results[1][1][name]) for name, tensor in results[0][1].items())
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer as bitsandbytes has them: the weight is no parameter that could be multiplied with."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.weight = torch.nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+
+    def dequantize(self):
+        return self.weight * self.scale
+
+    def forward(self, hidden_states):
+        return torch.nn.functional.linear(hidden_states, self.dequantize().to(hidden_states.dtype))
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+def test_training_on_quantised_targets(tmp_path, draft_vocab_size):
+    """The losses are those of a target that has the rounded weights in full."""
+    target, rounded = make_target(), make_target()
+    for name, module in list(target.named_modules()):
+        if type(module) is torch.nn.Linear:
+            target.set_submodule(name, Int8Linear(module))
+            rounded.get_submodule(name).weight.data = target.get_submodule(name).dequantize()
+    assert not target.get_output_embeddings().weight.is_floating_point()
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    head = make_head(rounded, draft_vocab_size=draft_vocab_size)
+    results = []
+    for each in (target, rounded, make_target()):
+        trainer = make_trainer(tmp_path, each, head=copy.deepcopy(head), num_draft_steps=2)
+        trainer.train()
+        results.append(losses(trainer))
+    for one, other, exact in zip(*results, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+        assert one[0] == pytest.approx(exact[0], rel=2e-2)
+        assert one != pytest.approx(exact, rel=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())

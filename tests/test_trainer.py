@@ -95,8 +95,11 @@ def test_log_lines_add_up_to_the_loss(tmp_path, num_draft_steps):
         assert 0 <= accuracy <= 1
 
 
-@pytest.mark.parametrize("draft_vocab_size", [None, 40])
-def test_gradient_accumulation_changes_nothing(tmp_path, draft_vocab_size):
+@pytest.mark.parametrize(
+    ("draft_vocab_size", "num_draft_steps", "bf16"),
+    [(None, 1, False), (40, 1, False), (None, 2, False), (40, 2, True)],
+)
+def test_gradient_accumulation_changes_nothing(tmp_path, draft_vocab_size, num_draft_steps, bf16):
     results = []
     for batch_size, accumulation in ((8, 1), (1, 8)):
         torch.manual_seed(1)
@@ -110,15 +113,50 @@ def test_gradient_accumulation_changes_nothing(tmp_path, draft_vocab_size):
             head=head,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
+            num_draft_steps=num_draft_steps,
             feature_noise=0.0,
             train_sampling_strategy="sequential",
             optim="sgd",
             learning_rate=0.1,
+            bf16=bf16,
         )
         trainer.train()
         results.append((losses(trainer), weights(trainer)))
     for one, other in zip(results[0][0], results[1][0], strict=True):
-        assert one == pytest.approx(other, abs=2e-6)
+        assert one == pytest.approx(other, abs=2e-3 if bf16 else 2e-6)
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, results[1][1][name], atol=1e-4 if bf16 else 1e-6, rtol=0)
+
+
+def test_half_precision_is_of_the_computation_alone(tmp_path):
+    results = {}
+    for bf16 in (False, True):
+        trainer = make_trainer(
+            tmp_path, bf16=bf16, max_steps=12, learning_rate=1e-2, num_draft_steps=2, feature_noise=0.0
+        )
+        dtypes = []
+        trainer.model.layer.mlp.down_proj.register_forward_hook(
+            lambda *args, dtypes=dtypes: dtypes.append(args[-1].dtype)
+        )
+        trainer.train()
+        assert set(dtypes) == {torch.bfloat16 if bf16 else torch.float32}
+        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+        results[bf16] = [loss for loss, *_ in losses(trainer)]
+    assert results[True][-1] < 0.95 * results[True][0]
+    assert results[True] == pytest.approx(results[False], rel=5e-3)
+    assert results[True] != results[False]
+
+
+@pytest.mark.parametrize("num_draft_steps", [1, 3])
+def test_gradient_checkpointing_changes_nothing(tmp_path, num_draft_steps):
+    results = []
+    for is_on in (False, True):
+        trainer = make_trainer(tmp_path, gradient_checkpointing=is_on, num_draft_steps=num_draft_steps)
+        trainer.train()
+        assert trainer.model.layer.mlp.gradient_checkpointing is is_on
+        results.append((losses(trainer), weights(trainer)))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
     for name, tensor in results[0][1].items():
         torch.testing.assert_close(tensor, results[1][1][name], atol=1e-6, rtol=0)
 

@@ -70,6 +70,29 @@ def test_gradients_flow_back_through_all_steps():
     assert gradient[0].abs().sum(dim=-1).gt(0).tolist() == [True, True, True, False, False]
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_gradient_checkpointing_changes_no_gradient(num_steps, use_reentrant):
+    """What runs again must not extend the cache again, and the keys in it must keep their gradients."""
+    head = make_head(make_target()).train()
+    features, embeds = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    runs = []
+    head.layer.mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        head.zero_grad()
+        outputs = list(unroll(head, features, embeds, num_steps))
+        sum(output.predict.sin().sum() + output.regress.square().sum() for output in outputs).backward()
+        return [parameter.grad.clone() for parameter in head.parameters()]
+
+    expected = gradients()
+    assert len(runs) == num_steps
+    head.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    for one, other in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert len(runs) == num_steps + 2 * num_steps
+
+
 def test_half_precision_by_autocast():
     head = make_head(make_target(), initializer_range=0.05)
     features, embeds = torch.randn(2, 6, 32), torch.randn(2, 6, 32)

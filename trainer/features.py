@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fspad.target import FeatureTap
+from fspad.target import FeatureTap, device_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +35,7 @@ def compute_features(
         Features of shape `(batch, length, hidden)` in the target's dtype.
     """
     kwargs: dict[str, Any] = {"logits_to_keep": 0} if target._supports_logits_to_keep() else {}
-    device = target.get_input_embeddings().weight.device
+    device = device_of(target.get_input_embeddings())
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask.to(device)
     if position_ids is not None:

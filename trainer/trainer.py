@@ -13,6 +13,7 @@ from transformers.utils import CONFIG_NAME
 from fspad.target import LMHead, check_target, embed_tokens
 
 from .data import DataCollatorForFSPAD, prepare_dataset
+from .distributed import check_fsdp, check_streams
 from .features import compute_features
 from .loss import AlignedBatch, align, counted_rows, dialogue_lengths, feature_loss, logits_loss
 from .training_arguments import FSPADTrainingArguments
@@ -119,7 +120,7 @@ class FSPADTrainer(Trainer):
 
     Raises:
         ValueError: If the head does not fit the target, the target has virtual tokens, the adapter is made for a task,
-            or a dataset has nothing to train on.
+            a dataset has nothing to train on, or several processes cannot do what is asked of them.
     """
 
     def __init__(
@@ -161,6 +162,8 @@ class FSPADTrainer(Trainer):
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset)
 
+        eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        check_streams(args, train_dataset, eval_datasets)
         super().__init__(
             model=model,
             args=args,
@@ -169,6 +172,7 @@ class FSPADTrainer(Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        check_fsdp(self.accelerator, args.num_draft_steps)
         self.add_callback(ClipGradientValues(self.accelerator))
         # `compute_loss` divides by the rows of the whole step. The first name is read from 5.19 on, the other before.
         self.loss_is_scaled_for_ga = True
@@ -299,9 +303,20 @@ class FSPADTrainer(Trainer):
             The loss, and twice `None` for logits and labels.
         """
         with torch.no_grad():
-            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+            inputs = self._mask_repeated_rows(self._prepare_inputs(inputs))
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         self._eval_sums += outputs["sums"]
         return loss, None, None
+
+    def _mask_repeated_rows(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Let nothing count in the dialogues with which accelerate fills up the last batch of all processes."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        mask = inputs["assistant_mask"].clone()
+        # The last batch of all processes begins with the remainder, and the first process has its first part.
+        mask[max(0, state.remainder - self.accelerator.process_index * len(mask)) :] = 0
+        return {**inputs, "assistant_mask": mask}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate a whole dataset; every metric is a sum over rows divided by their number."""

@@ -19,6 +19,7 @@ class FSPADTrainingArguments(TrainingArguments):
         max_grad_norm: Gradient norm clipping; off, because gradients are clipped by value.
         max_grad_value: Largest absolute value of a gradient's element; `None` turns it off.
         remove_unused_columns: Must stay `False`: the columns belong to the data collator, not to the head's `forward`.
+        ddp_find_unused_parameters: Off, because every parameter of a head has a gradient in every step.
         max_length: Dialogues are cut to this many tokens.
         packing: Whether to put several dialogues into one row of up to `max_length` tokens.
         num_draft_steps: Draft steps that are trained; from the second on the head sees its own features, as it does when
@@ -43,6 +44,9 @@ class FSPADTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the columns belong to the data collator, not to `forward`."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Off: every parameter of a head has a gradient in every step."}
     )
     max_length: int = field(default=2048, metadata={"help": "Dialogues are cut to this many tokens."})
     packing: bool = field(
