@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
+import typer
 import yaml
 from transformers import HfArgumentParser, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from fspad import FSPADConfig, FSPADModel
 
 from .loading import load_head, load_target
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
+
+
+# So many rows of a stream tell which tokens are frequent.
+_COUNTED_ROWS = 10_000
 
 
 @dataclass
@@ -37,6 +46,14 @@ class HeadArguments:
     dataset: str | None = field(default=None, metadata={"help": "Hub id of a dataset of dialogues instead of a file."})
     dataset_split: str = field(default="train", metadata={"help": "Split of that dataset."})
     eval_file: str | None = field(default=None, metadata={"help": "File of dialogues to evaluate on."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training dialogues while they are trained on, --max_steps of them in batches."},
+    )
+    features_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder to compute the target's features into, once, or to use them again from."},
+    )
     head: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a head to continue from; by default a new one."}
     )
@@ -59,7 +76,8 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
 
     Raises:
         ImportError: If the packages of the extra `train` are missing.
-        ValueError: If arguments contradict each other, or do not fit target or dataset.
+        OSError: If a file is missing or cannot be written.
+        ValueError: If arguments contradict each other, or do not fit target or dataset, or a file cannot be read.
     """
     missing = [name for name in ("accelerate", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
@@ -73,7 +91,9 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
         description="CONFIG.yaml may hold any of the arguments; what is given on the command line overrules it.",
     )
     options, training = parser.parse_args_into_dataclasses(read_config(parser, arguments))
-    train_dataset = load_train_dataset(options)
+    check_streaming(options, training)
+    training.resume_from_checkpoint = find_checkpoint(training)
+    train_dataset = load_train_dataset(options, training.seed)
     eval_dataset = load_dialogues(options.eval_file) if options.eval_file else None
     target, tokenizer = load_target(options.target)
     # A new head is the same one in every run, and in every process, of each of which FSDP takes a part.
@@ -81,6 +101,10 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
     head = make_head(options, target)
     if options.draft_vocab_size is not None:
         train_dataset = trim_vocabulary(head, train_dataset, tokenizer, training, options.draft_vocab_size)
+    if options.features_dir is not None:
+        arguments = (target, tokenizer, training, Path(options.features_dir))
+        train_dataset = with_features(train_dataset, *arguments, "train")
+        eval_dataset = eval_dataset and with_features(eval_dataset, *arguments, "eval")
     return FSPADTrainer(
         model=head,
         target=target,
@@ -137,45 +161,133 @@ def run_training(trainer: FSPADTrainer) -> None:
         trainer.push_to_hub()
 
 
-def load_train_dataset(options: HeadArguments) -> Dataset:
+def check_streaming(options: HeadArguments, training: FSPADTrainingArguments) -> None:
+    """Check that what is asked for can be done with a stream, if it is one.
+
+    Args:
+        options: With `streaming` or not.
+        training: Training arguments.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not options.streaming:
+        return
+    if training.max_steps <= 0:
+        raise ValueError("expected --max_steps N with --streaming, since a stream does not tell its length, got none")
+    if options.features_dir is not None or training.packing:
+        got = "--packing" if training.packing else "--features_dir"
+        raise ValueError(f"expected all dialogues at once for {got}, got --streaming: leave out one of the two")
+
+
+def find_checkpoint(training: FSPADTrainingArguments) -> str | None:
+    """Find the checkpoint to go on from. Of a run that was killed, the last one may be half written.
+
+    Args:
+        training: Training arguments, with a checkpoint's folder as `resume_from_checkpoint`, or `true` for the last whole
+            one in `output_dir`.
+
+    Returns:
+        Its folder, or `None` to begin anew.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or it is not whole.
+    """
+    wanted = training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not _is_whole(Path(wanted)):
+            raise ValueError(
+                f"expected the folder of a whole checkpoint, got {wanted}; `--resume_from_checkpoint true` takes the last one "
+                "in --output_dir."
+            )
+        return str(wanted)
+    whole = [path for path in Path(training.output_dir).glob("checkpoint-*") if _is_whole(path)]
+    if not whole:
+        raise ValueError(
+            f"expected a whole checkpoint in {training.output_dir}, got none; leave out --resume_from_checkpoint to begin "
+            "anew."
+        )
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # The trainer writes this file after all others.
+    try:
+        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def load_train_dataset(options: HeadArguments, seed: int = 42) -> Dataset | IterableDataset:
     """Load the training dialogues.
 
     Args:
         options: With either `train_file` or `dataset`.
+        seed: Seed of the order in which a stream is read, a thousand rows at a time.
 
     Returns:
         The dataset.
 
     Raises:
-        ValueError: If there is neither, or both.
+        OSError: If there is no such file or dataset.
+        ValueError: If there is neither or both, or it cannot be read.
     """
     if (options.train_file is None) == (options.dataset is None):
         got = "neither" if options.dataset is None else "both"
         raise ValueError(f"expected --train_file FILE or --dataset HUB_ID, got {got}")
     if options.train_file is not None:
-        return load_dialogues(options.train_file)
-    import datasets
+        dataset = load_dialogues(options.train_file, options.streaming)
+    else:
+        dataset = _load_dataset(options.dataset, options.dataset, options.streaming, split=options.dataset_split)
+    return dataset.shuffle(seed=seed) if options.streaming else dataset
 
-    return datasets.load_dataset(options.dataset, split=options.dataset_split)
 
-
-def load_dialogues(path: str) -> Dataset:
+def load_dialogues(path: str, streaming: bool = False) -> Dataset | IterableDataset:
     """Load a file of dialogues.
 
     Args:
         path: JSON-lines file, maybe gzipped, or Parquet file.
+        streaming: Whether to read it only while it is gone through.
 
     Returns:
         The dataset.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read.
     """
-    import datasets
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    return datasets.load_dataset("parquet" if path.endswith(".parquet") else "json", data_files=path, split="train")
+    if not Path(path).stat().st_size:
+        raise ValueError(f"expected dialogues in {path}, got an empty file")
+    builder = "parquet" if path.endswith(".parquet") else "json"
+    return _load_dataset(path, builder, streaming, data_files=path, split="train")
+
+
+def _load_dataset(source: str, builder: str, streaming: bool, **kwargs: str) -> Dataset | IterableDataset:
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    # What it logs of a file that cannot be read is said again by its error.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        dataset = datasets.load_dataset(builder, streaming=streaming, **kwargs)
+        # Streams read nothing before, and texts are decoded only now.
+        next(iter(dataset), None)
+        return dataset
+    except Exception as error:
+        # Anything: each format has errors of its own, and datasets wraps some of them.
+        reason = (isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__) or error
+        if isinstance(reason, OSError) and not isinstance(reason, gzip.BadGzipFile):
+            raise reason from None  # e.g. no permission, no network, no room for the cache: it says so itself
+        raise ValueError(
+            f"expected dialogues in JSON lines (.gz or not) or Parquet, got {source}, which cannot be read: "
+            f"{shorten(str(reason), 300)}"
+        ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def make_head(options: HeadArguments, target: PreTrainedModel) -> FSPADModel:
@@ -203,12 +315,12 @@ def make_head(options: HeadArguments, target: PreTrainedModel) -> FSPADModel:
 
 def trim_vocabulary(
     head: FSPADModel,
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     training: FSPADTrainingArguments,
     size: int,
-) -> Dataset:
-    """Let the head score the tokens that the assistant writes most often in a dataset.
+) -> Dataset | IterableDataset:
+    """Let the head score the tokens that the assistant writes most often in a dataset, or first in a stream.
 
     Args:
         head: The head, changed in place.
@@ -220,10 +332,45 @@ def trim_vocabulary(
     Returns:
         The dataset, prepared for the trainer.
     """
+    from datasets import IterableDataset
+
     from fspad.trainer.data import count_token_frequencies, most_frequent_tokens, prepare_dataset
 
     with training.main_process_first(desc="preparing the dataset"):
         prepared = prepare_dataset(dataset, tokenizer, training.max_length)
-    counts = count_token_frequencies(prepared, head.config.vocab_size)
-    head.set_draft_vocabulary(most_frequent_tokens(counts, size, tokenizer.all_special_ids))
+    is_stream = isinstance(prepared, IterableDataset)
+    counts = count_token_frequencies(prepared, head.config.vocab_size, _COUNTED_ROWS if is_stream else None)
+    ids = most_frequent_tokens(counts, size, tokenizer.all_special_ids)
+    typer.echo(
+        f"Draft vocabulary: {len(ids)} tokens, {counts[ids].sum() / counts.sum():.2%} of what the target writes."
+    )
+    head.set_draft_vocabulary(ids)
     return prepared
+
+
+def with_features(
+    dataset: Dataset,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: FSPADTrainingArguments,
+    folder: Path,
+    name: str,
+) -> Dataset:
+    """Compute the features of a dataset onto disk, or take those that are there.
+
+    Args:
+        dataset: The dialogues.
+        target: The target.
+        tokenizer: Its tokenizer.
+        training: Training arguments.
+        folder: Folder of all features.
+        name: Name of this dataset's folder in it.
+
+    Returns:
+        The dataset, prepared for the trainer, with features.
+    """
+    from fspad.trainer.data import prepare_dataset
+    from fspad.trainer.features import add_features
+
+    prepared = prepare_dataset(dataset, tokenizer, training.max_length, training.packing)
+    return add_features(prepared, target.to(training.device), folder / name, training.per_device_train_batch_size)

@@ -2,27 +2,32 @@
 
     python examples/train_smollm2.py --output_dir smollm2-head --prompts prompts.jsonl --cache_features
 
-Prompts are JSON lines with a `prompt`; dialogues (`--dialogs`, any number of files, .gz or not) have `messages`,
+Prompts are JSON lines with a `prompt`; dialogues (`--dialogs`, any number of files, .gz or not, or Parquet) have `messages`,
 `prompt_ids` and `response_ids`. Prompts without an answer are answered first, into `dialogs.jsonl` of the output folder. All of
 [`FSPADTrainingArguments`] can be given too. Interrupted? The same command with `--resume`.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from fspad import FSPADConfig, FSPADModel
 from fspad.cli.smollm2 import load_smollm2
+from fspad.cli.synthesize import load_prompts
+from fspad.cli.train import (
+    HeadArguments,
+    find_checkpoint,
+    load_dialogues,
+    make_head,
+    trim_vocabulary,
+    with_features,
+)
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
-from fspad.trainer.data import count_token_frequencies, most_frequent_tokens, prepare_dataset
-from fspad.trainer.features import add_features
+from fspad.trainer.data import prepare_dataset
 from fspad.trainer.synthesize import synthesize
 
 
@@ -31,16 +36,19 @@ class ExampleArguments:
     """What to train on, and what the head looks like."""
 
     prompts: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL files or Hub ids of datasets with a `prompt` column."}
+        default_factory=list, metadata={"help": "JSONL(.gz) files or Hub ids of datasets with a `prompt` column."}
     )
     dialogs: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL(.gz) files with `messages`, `prompt_ids`, `response_ids`."}
+        default_factory=list,
+        metadata={"help": "JSONL(.gz) or Parquet files with `messages`, `prompt_ids`, `response_ids`."},
     )
     exclude: list[str] = field(
         default_factory=list,
-        metadata={"help": "JSONL files whose `prompt` must not be trained on (held-out prompts)."},
+        metadata={"help": "Files whose `prompt` must not be trained on (held-out prompts)."},
     )
-    cache_features: bool = field(default=False, metadata={"help": "Compute the target's features once, onto disk."})
+    cache_features: bool = field(
+        default=False, metadata={"help": "Compute the target's features once, into `features` of the output folder."}
+    )
     head: str | None = field(
         default=None, metadata={"help": "Folder of a head to continue from; by default a new one."}
     )
@@ -70,71 +78,52 @@ class TrainingArguments(FSPADTrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Where to send the log to."})
 
 
-def read_lines(path: str) -> list[dict]:
-    """Read JSON lines."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
-def question(row: dict) -> str:
+def question(messages: list[dict]) -> str:
     """The user's first message of a dialogue, by which held-out prompts are told."""
-    return next(message["content"] for message in row["messages"] if message["role"] == "user")
+    return next(message["content"] for message in messages if message["role"] == "user")
 
 
-def load_dialogs(
-    example: ExampleArguments, output_dir: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+def collect_dialogues(
+    example: ExampleArguments, answers: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
     """Collect the dialogues that there are, and have the other prompts answered."""
-    excluded = {row["prompt"] for path in example.exclude for row in read_lines(path)}
-    rows = [row for path in example.dialogs for row in read_lines(path)]
-    answered = {question(row) for row in rows}
-    prompts = []
-    for source in example.prompts:
-        is_file = Path(source).is_file()
-        prompts += [row["prompt"] for row in (read_lines(source) if is_file else load_dataset(source, split="train"))]
-    prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt not in answered | excluded]
+    held_out = {prompt.strip() for prompt in load_prompts(example.exclude)}
+    files = [load_dialogues(path) for path in example.dialogs]
+    answered = {question(messages) for dialogues in files for messages in dialogues["messages"]}
+    prompts = [
+        prompt for prompt in load_prompts(example.prompts) if prompt not in answered and prompt.strip() not in held_out
+    ]
     if prompts:
-        answers = output_dir / "dialogs.jsonl"
         synthesize(target, tokenizer, prompts, answers, max_new_tokens=example.max_new_tokens)
-        rows += read_lines(str(answers))
-    rows = [row for row in rows if question(row) not in excluded]
-    return Dataset.from_list([{name: row[name] for name in ("prompt_ids", "response_ids")} for row in rows])
-
-
-def make_head(
-    example: ExampleArguments, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
-) -> FSPADModel:
-    """Load the head to continue from, or make one that scores the tokens which the target writes most often."""
-    if example.head is not None:
-        return FSPADModel.from_pretrained(example.head, dtype=torch.float32)
-    config = FSPADConfig.from_target(
-        target.config,
-        feature_sampling=example.feature_sampling,
-        partial_alignment=example.partial_alignment,
-        # A tree of the size that paid best on a CPU with two cores
-        draft_depth=4,
-        num_draft_tokens=15,
-    )
-    head = FSPADModel.from_target(target, config)
-    if example.draft_vocab_size:
-        counts = count_token_frequencies(dataset, target.config.vocab_size)
-        ids = most_frequent_tokens(counts, example.draft_vocab_size, tokenizer.all_special_ids)
-        print(f"draft vocabulary: {len(ids)} tokens, {counts[ids].sum() / counts.sum():.2%} of what the target writes")
-        head.set_draft_vocabulary(ids)
-    return head.float()
+        files.append(load_dialogues(str(answers)))
+    if not files:
+        raise ValueError("expected --prompts or --dialogs, got neither")
+    columns = ["messages", "prompt_ids", "response_ids"]
+    dialogues = concatenate_datasets([file.select_columns(columns) for file in files])
+    kept = dialogues.filter(lambda messages: question(messages).strip() not in held_out, input_columns="messages")
+    return kept.select_columns(["prompt_ids", "response_ids"])
 
 
 def main() -> None:
     """Train and save the head."""
     example, args = HfArgumentParser((ExampleArguments, TrainingArguments)).parse_args_into_dataclasses()
+    if example.resume:
+        args.resume_from_checkpoint = "true"
+    args.resume_from_checkpoint = find_checkpoint(args)
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     target, tokenizer = load_smollm2(torch.bfloat16)
-    dataset = prepare_dataset(load_dialogs(example, output_dir, target, tokenizer), tokenizer, args.max_length)
-    head = make_head(example, target, tokenizer, dataset)
+    dataset = collect_dialogues(example, output_dir / "dialogs.jsonl", target, tokenizer)
+    dataset = prepare_dataset(dataset, tokenizer, args.max_length)
+    variant = {"feature_sampling": example.feature_sampling, "partial_alignment": example.partial_alignment}
+    head = make_head(HeadArguments(head=example.head, **variant), target)
+    if example.head is None:
+        # A tree of the size that paid best on a CPU with two cores
+        head.config.draft_depth, head.config.num_draft_tokens = 4, 15
+        if example.draft_vocab_size:
+            dataset = trim_vocabulary(head, dataset, tokenizer, args, example.draft_vocab_size)
     if example.cache_features:
-        dataset = add_features(dataset, target, output_dir)
+        dataset = with_features(dataset, target, tokenizer, args, output_dir, "features")
     splits = {"train": dataset, "test": None}
     if example.num_eval_dialogs:
         splits = dataset.train_test_split(example.num_eval_dialogs, seed=0)
@@ -146,7 +135,7 @@ def main() -> None:
         eval_dataset=splits["test"],
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=True if example.resume else None)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.model.to(target.dtype)
     trainer.save_model()
 

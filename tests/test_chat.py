@@ -95,6 +95,13 @@ def test_prompt_of_messages_and_completion_of_text():
         prepare_one({"prompt": CHAT[:1], "completion": "hi"}, tokenizer=make_tokenizer())
 
 
+def test_columns_that_are_neither_texts_nor_messages():
+    with pytest.raises(ValueError, match="two texts or two lists of messages, got 5 and 6; turn"):
+        prepare_one({"prompt": 5, "completion": 6}, tokenizer=make_tokenizer())
+    with pytest.raises(ValueError, match="expected a list of messages, got 5; give each"):
+        prepare_one({"messages": 5}, tokenizer=make_tokenizer())
+
+
 def test_tokenizer_without_a_template():
     tokenizer = make_tokenizer(None)
     for row in ({"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:]}):

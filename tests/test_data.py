@@ -231,6 +231,12 @@ def test_errors_say_what_to_do():
         prepare_one({"input_ids": [5, 6, 7], "assistant_mask": [0, 1]})
 
 
+@pytest.mark.parametrize("row", [["a"], "abc", 5, [1.5], [[1]], [None]])
+def test_token_ids_that_are_no_integers(row):
+    with pytest.raises(ValueError, match=r"expected a list of integers .*, got .*; tokenize the texts"):
+        prepare_one({"prompt_ids": row, "response_ids": [7, 8]})
+
+
 @pytest.mark.parametrize("position_ids", [False, True])
 def test_wrong_masks_of_prepared_datasets(position_ids):
     good = {"input_ids": [5, 6, 7], "assistant_mask": [0, 1, 1], "length": 3}
@@ -396,6 +402,17 @@ def test_collator_passes_features_through():
     features = DataCollatorForFSPAD()(rows)["features"]
     assert features.dtype == torch.bfloat16
     assert features[..., 0].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_collator_knows_the_vocabulary():
+    rows = [{"input_ids": [5, 6, 7], "assistant_mask": [0, 1, 1]}, {"input_ids": [8, 9], "assistant_mask": [0, 1]}]
+    assert DataCollatorForFSPAD(vocab_size=10)(rows)["input_ids"].shape == (2, 3)
+    with pytest.raises(
+        ValueError, match=r"token ids below 9, .* got 9; tokenize the dataset with this target's tokenizer"
+    ):
+        DataCollatorForFSPAD(vocab_size=9)(rows)
+    with pytest.raises(ValueError, match="got -1;"):
+        DataCollatorForFSPAD(vocab_size=9)([{"input_ids": [5, -1], "assistant_mask": [0, 1]}])
 
 
 def test_draft_vocabulary():

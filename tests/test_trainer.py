@@ -12,7 +12,6 @@ from test_data import MARKERS, make_tokenizer
 from fspad import FSPADConfig, FSPADModel
 from fspad.trainer import DataCollatorForFSPAD, FSPADTrainer, FSPADTrainingArguments
 from fspad.trainer.data import prepare_dataset
-from fspad.trainer.features import add_features, compute_features
 
 
 def make_dataset(rows=16, seed=0):
@@ -205,6 +204,21 @@ def test_packing_changes_nothing(tmp_path, num_draft_steps):
         assert one == pytest.approx(other, abs=1e-5)
 
 
+@pytest.mark.parametrize("num_draft_steps", [1, 2])
+def test_packed_rows_have_the_sums_of_their_dialogues(tmp_path, num_draft_steps):
+    trainer = make_trainer(tmp_path, num_draft_steps=num_draft_steps, feature_noise=0.0)
+
+    def sums(dataset):
+        batch = trainer.data_collator(list(dataset))
+        return trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)[1]["sums"]
+
+    packed = prepare_dataset(trainer.train_dataset, None, max_length=60, packing=True)
+    assert len(packed) < len(trainer.train_dataset) / 2
+    alone = sums(trainer.train_dataset)
+    assert alone.shape == (num_draft_steps, 4)
+    torch.testing.assert_close(sums(packed), alone, rtol=1e-5, atol=1e-5)
+
+
 def test_noise_of_packed_dialogues_follows_their_own_lengths(tmp_path):
     rows = [{"prompt_ids": [1, 2], "response_ids": [3] * 6}, {"prompt_ids": [4] * 10, "response_ids": [5] * 30}]
     trainer = make_trainer(tmp_path, dataset=Dataset.from_list(rows), packing=True, max_length=48)
@@ -279,55 +293,51 @@ def test_padding_changes_nothing(tmp_path, family):
     torch.testing.assert_close(sums(rows), sum(sums([row]) for row in rows), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("draft_vocab_size", [None, 40])
-def test_cached_features_are_the_computed_ones(tmp_path, dtype, draft_vocab_size):
-    target = make_target().to(dtype)
-    torch.manual_seed(1)
-    head = FSPADModel.from_target(target, FSPADConfig.from_target(target.config, draft_vocab_size=draft_vocab_size))
-    prepared = prepare_dataset(make_dataset(), None)
-    cached = add_features(prepared, target, tmp_path)
-    assert cached[0]["features"].dtype == dtype
-    expected = compute_features(target, torch.tensor([prepared[0]["input_ids"]]))[0]
-    assert torch.equal(cached[0]["features"], expected)
-    results = []
-    for dataset in (prepared, cached):
-        trainer = make_trainer(tmp_path, target, dataset, copy.deepcopy(head).float(), feature_noise=0.0)
-        trainer.train()
-        results.append(losses(trainer))
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for one, other in zip(*results, strict=True):
-        assert one == pytest.approx(other, abs=tolerance)
-
-
-def test_features_of_another_target_or_dataset_are_not_taken(tmp_path):
-    prepared = prepare_dataset(make_dataset(), None)
-    first = add_features(prepared, make_target(), tmp_path)
-    for dataset, target in (
-        (prepared, make_target(seed=1)),
-        (prepared, make_target().bfloat16()),
-        (prepare_dataset(make_dataset(rows=3), None), make_target()),
-    ):
-        other = add_features(dataset, target, tmp_path)
-        assert len(other) == len(dataset)
-        assert other[0]["features"].dtype == target.dtype
-        expected = compute_features(target, torch.tensor([dataset[0]["input_ids"]]))[0]
-        assert torch.equal(other[0]["features"], expected)
-    files = set(tmp_path.iterdir())
-    again = add_features(prepared, make_target(), tmp_path)
-    assert set(tmp_path.iterdir()) == files
-    assert torch.equal(again[0]["features"], first[0]["features"])
-
-
-def test_cached_features_need_no_target_forward(tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_column", [False, True])
+def test_features_that_are_not_finite_stop_the_training(tmp_path, in_column):
     target = make_target()
-    cached = add_features(prepare_dataset(make_dataset(), None), target)
+    rows = make_dataset().map(lambda row, i: {"prompt_ids": [96 if i == 3 else 1, 2]}, with_indices=True)
+    rows = rows.map(lambda row: {"response_ids": [token % 96 for token in row["response_ids"]]})
+    dataset = prepare_dataset(rows, None)
+    if in_column:
+        features = [torch.randn(length, 32) for length in dataset["length"]]
+        features[3][-2, 5] = torch.inf
+        dataset = dataset.add_column("features", [rows.tolist() for rows in features])
+    else:
+        with torch.no_grad():
+            target.model.embed_tokens.weight[96] = torch.nan
+    trainer = make_trainer(tmp_path, target, dataset, train_sampling_strategy="sequential")
+    before = weights(trainer)
+    ids = dataset[3]["input_ids"]
+    message = rf"from LlamaForCausalLM in float32, got NaN or infinity at .* row of {len(ids)} tokens .*\[{ids[0]}, "
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+    if not in_column:
+        with pytest.raises(ValueError, match="expected finite features"):
+            trainer.evaluate(trainer.train_dataset)
 
-    def forward(*args, **kwargs):
-        raise AssertionError("the target ran")
 
-    monkeypatch.setattr(target, "forward", forward)
-    make_trainer(tmp_path, target, cached, train_sampling_strategy="group_by_length").train()
+def test_token_ids_of_another_tokenizer(tmp_path):
+    dataset = Dataset.from_list([{"prompt_ids": [1, 2], "response_ids": [3, 97, 5]}])
+    with pytest.raises(ValueError, match="token ids below 97, the target's vocabulary size, got 97"):
+        make_trainer(tmp_path, dataset=dataset).train()
+
+
+def test_streams_are_trained_for_a_number_of_steps(tmp_path):
+    arguments = {"feature_noise": 0.0, "train_sampling_strategy": "sequential", "num_draft_steps": 2}
+    whole = make_trainer(tmp_path, **arguments)
+    whole.train()
+    # Of the steps that are asked for, the stream has one at a time: it is begun anew.
+    for rows, steps in ((16, 4), (8, 2)):
+        stream = make_dataset(rows).to_iterable_dataset()
+        streamed = make_trainer(tmp_path, dataset=stream, eval_dataset=stream, **arguments)
+        assert streamed.evaluate()["eval_loss"] > 0
+        streamed.train()
+        assert streamed.state.global_step == 4
+        assert losses(streamed)[:steps] == losses(whole)[:steps]
+    with pytest.raises(ValueError, match="max_steps has to be specified"):
+        make_trainer(tmp_path, dataset=stream, max_steps=-1)
 
 
 def test_saved_folder_is_the_head_alone(tmp_path):

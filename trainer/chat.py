@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,8 @@ def tokenize_prompt_and_completion(
     """
     if not prompt or not completion:
         return [], []
-    if isinstance(prompt, str) != isinstance(completion, str):
+    texts = (isinstance(prompt, str), isinstance(completion, str))
+    if texts[0] != texts[1] or not all(isinstance(part, Sequence) for part in (prompt, completion)):
         raise ValueError(
             "expected `prompt` and `completion` to be two texts or two lists of messages, got "
             f"{_excerpt(prompt)} and {_excerpt(completion)}; turn one into the form of the other."
@@ -90,6 +91,8 @@ def tokenize_prompt_and_completion(
 
 
 def _check_messages(messages: list[dict[str, Any]]) -> None:
+    if not isinstance(messages, Sequence):
+        raise ValueError(f"expected a list of messages, got {_excerpt(messages)}; give each dialogue such a list.")
     for message in messages:
         is_message = isinstance(message, Mapping) and isinstance(message.get("role"), str)
         if not is_message or (message.get("content") is None and not message.get("tool_calls")):

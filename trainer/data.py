@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .chat import tokenize_messages, tokenize_prompt_and_completion
 from .loss import counted_rows
 from .packing import pack_dataset
+from .token_ids import check_token_ids, to_integers
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -114,8 +115,8 @@ def _check_packing(max_length: int | None, columns: set[str], is_stream: bool) -
         )
     if "features" in columns:
         raise ValueError(
-            "expected rows without `features` with `packing=True`, got a dataset with such a column; remove it, or leave "
-            "packing off."
+            "expected rows without `features` with `packing=True`, got a dataset with such a column; pack the rows before "
+            "their features are computed, or leave packing off."
         )
 
 
@@ -190,7 +191,7 @@ def _dialogue_row(
 def _packed_row(
     input_ids: Sequence[int], assistant_mask: Sequence[int], position_ids: Sequence[int], max_length: int | None
 ) -> dict[str, Any]:
-    input_ids, assistant_mask, position_ids = _ints(input_ids), _ints(assistant_mask), _ints(position_ids)
+    input_ids, assistant_mask, position_ids = map(to_integers, (input_ids, assistant_mask, position_ids))
     _check_mask(input_ids, assistant_mask)
     if len(position_ids) != len(input_ids):
         raise ValueError(
@@ -255,17 +256,13 @@ def _report_dropped(before: int, after: int) -> None:
 
 
 def _from_mask(input_ids: Sequence[int], assistant_mask: Sequence[int], _: Any) -> tuple[list[int], list[int]]:
-    return _ints(input_ids), _ints(assistant_mask)
+    return to_integers(input_ids), to_integers(assistant_mask)
 
 
 def _from_prompt_and_response(prompt: Sequence[int], response: Sequence[int], _: Any) -> tuple[list[int], list[int]]:
-    prompt, response = _ints(prompt), _ints(response)
+    prompt, response = to_integers(prompt), to_integers(response)
     # Without a prompt there is nothing that the response was drafted after.
     return (prompt + response, [0] * len(prompt) + [1] * len(response)) if prompt else ([], [])
-
-
-def _ints(values: Sequence[int] | None) -> list[int]:
-    return [] if values is None else [int(value) for value in values]
 
 
 # Token ids before text: they are what the target really wrote.
@@ -284,9 +281,12 @@ class DataCollatorForFSPAD:
 
     Args:
         pad_token_id: Token id of the padding. Any will do, as no counted row ever sees it.
+        vocab_size: Vocabulary size of the target, to check token ids before an accelerator fails on them; `None` for no
+            check.
     """
 
     pad_token_id: int = 0
+    vocab_size: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Pad rows.
@@ -301,8 +301,14 @@ class DataCollatorForFSPAD:
             rows have of `position_ids` of the same and `features` of shape `(batch, longest, hidden)`. Padding is at
             position 0, so that each of its tokens is a dialogue of its own: targets tell packed dialogues apart only if
             they are given no `attention_mask`.
+
+        Raises:
+            ValueError: If a token is not in the vocabulary.
         """
         input_ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        if self.vocab_size is not None:
+            for ids in input_ids:
+                check_token_ids(ids, self.vocab_size)
         columns = {
             "input_ids": _pad(input_ids, self.pad_token_id),
             "attention_mask": _pad([torch.ones_like(ids) for ids in input_ids]),
@@ -340,11 +346,7 @@ def count_token_frequencies(
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for row in islice(dataset.select_columns(["input_ids", "assistant_mask"]), max_rows):
         ids = torch.as_tensor(row["input_ids"])[torch.as_tensor(row["assistant_mask"]).bool()]
-        if ids.numel() and ids.max() >= vocab_size:
-            raise ValueError(
-                f"expected token ids below {vocab_size}, the target's vocabulary size, got {int(ids.max())}; tokenize the "
-                "dataset with this target's tokenizer."
-            )
+        check_token_ids(ids, vocab_size)
         counts += torch.bincount(ids, minlength=vocab_size)
     return counts
 

@@ -54,9 +54,9 @@ class ResumableFile:
         if any(file.exists() and file.stat().st_size for file in (path, self._rows)):
             self._check_settings(settings)
         else:
-            _write_whole(self._settings, [json.dumps(settings, indent=2, ensure_ascii=False) + "\n"])
+            write_whole(self._settings, [json.dumps(settings, indent=2, ensure_ascii=False) + "\n"])
         if self.is_parquet and path.exists() and not self._rows.exists():
-            _write_whole(self._rows, map(_to_line, _read_parquet(path)))
+            write_whole(self._rows, map(_to_line, _read_parquet(path)))
         self._rows.touch()
 
     def read(self) -> Iterator[dict[str, Any]]:
@@ -92,7 +92,7 @@ class ResumableFile:
             OSError: If they cannot be written, e.g. to a full disk. What is in the file stays good to go on with.
         """
         lines = "".join(map(_to_line, rows))
-        with _say_how_to_go_on(self._rows), self._rows.open("ab") as file:
+        with say_how_to_go_on(self._rows), self._rows.open("ab") as file:
             file.write(lines.encode())
 
     def finish(self) -> None:
@@ -102,7 +102,7 @@ class ResumableFile:
             OSError: If it cannot be written. The rows stay where they were collected.
         """
         if self.is_parquet:
-            with _say_how_to_go_on(self.path):
+            with say_how_to_go_on(self.path):
                 _write_parquet(self.read(), self.path)
             self._rows.unlink()
 
@@ -112,21 +112,41 @@ class ResumableFile:
                 f"expected {self._settings}, which says how {self.path} was written, got no such file: write to a new file."
             )
         before = json.loads(self._settings.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(settings))
-        differences = [
-            f"{name} {before.get(name)!r}, now {now.get(name)!r}"
-            for name in {**before, **now}
-            if before.get(name) != now.get(name)
-        ]
-        if differences:
+        if differences := find_differences(before, settings):
             raise ValueError(
                 f"expected the settings that {self.path} was begun with, got others ({'; '.join(differences)}): go on with "
                 "the former, or write to a new file."
             )
 
 
+def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Compare settings that were read from JSON with those of this run.
+
+    Args:
+        before: The ones that were read.
+        now: The ones to compare with, as JSON can hold them.
+
+    Returns:
+        For each that differs its name and both values.
+    """
+    now = json.loads(json.dumps(now))
+    return [
+        f"{name} {before.get(name)!r}, now {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+
+
 @contextmanager
-def _say_how_to_go_on(path: Path) -> Iterator[None]:
+def say_how_to_go_on(path: Path) -> Iterator[None]:
+    """Tell, of what cannot be written inside of the `with` block, that what is there is kept.
+
+    Args:
+        path: What is written.
+
+    Raises:
+        OSError: In place of the one that the block raises.
+    """
     try:
         yield
     except OSError as error:
@@ -140,10 +160,18 @@ def _to_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Write a file that is there either whole or not at all."""
+def write_whole(path: Path, lines: Iterable[str]) -> None:
+    """Write a file that is there either whole or not at all.
+
+    Args:
+        path: Path of the file.
+        lines: Its lines, each with its end.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     part = path.with_name(path.name + ".part")
-    with _say_how_to_go_on(path), part.open("wb") as file:
+    with say_how_to_go_on(path), part.open("wb") as file:
         file.writelines(line.encode() for line in lines)
     part.replace(path)
 

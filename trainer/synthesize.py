@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count as count_from
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
 from .completion import complete, find_end_ids
+from .progress import show_progress
 from .resumable import ResumableFile
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def synthesize(
     end_ids = find_end_ids(target, tokenizer)
     longest = _longest_prompt(target, max_new_tokens)
     written = 0
-    with _show_progress("answers", len(prompts), len(done)) as advance:
+    with show_progress("answers", len(prompts), len(done)) as advance:
         for batch in _batches(tokenizer, prompts, done, batch_size, longest):
             indices, prompt_ids = zip(*batch, strict=True)
             heat = [settings["temperatures"][index % len(temperatures)] for index in indices]
@@ -168,23 +167,6 @@ def _report_too_long(asked: int, answered: int, longest: float) -> None:
     logger.warning(f"Left out {asked - answered} of {asked} prompts: they must have {limit}.")
 
 
-@contextmanager
-def _show_progress(title: str, total: int, completed: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal; yields a function that takes how many rows and how many tokens are new."""
-    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    columns.append(TextColumn("{task.fields[speed]:.0f} tokens/s"))
-    with Progress(*columns) as progress:
-        task = progress.add_task(title, total=total, completed=completed, speed=0.0)
-        tokens = 0
-
-        def advance(rows: int, new_tokens: int) -> None:
-            nonlocal tokens
-            tokens += new_tokens
-            progress.update(task, advance=rows, speed=tokens / (progress.tasks[task].elapsed or 1.0))
-
-        yield advance
-
-
 def write_prompts(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -225,7 +207,7 @@ def write_prompts(
     opening, end_ids = _user_turn(target, tokenizer)
     next_attempt = rows[-1]["index"] + 1 if rows else 0
     fruitless = 0
-    with _show_progress("prompts", max(count, len(prompts)), len(prompts)) as advance:
+    with show_progress("prompts", max(count, len(prompts)), len(prompts)) as advance:
         # The batch that was not finished is done once more from its beginning, so that batches stay the same.
         batches = count_from(next_attempt - next_attempt % batch_size, batch_size)
         while len(prompts) < count and fruitless < _MAX_FRUITLESS:

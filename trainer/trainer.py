@@ -14,7 +14,7 @@ from fspad.target import LMHead, check_target, embed_tokens
 
 from .data import DataCollatorForFSPAD, prepare_dataset
 from .distributed import check_fsdp, check_streams
-from .features import compute_features
+from .features import check_finite, compute_features
 from .loss import AlignedBatch, align, counted_rows, dialogue_lengths, feature_loss, logits_loss
 from .training_arguments import FSPADTrainingArguments
 from .unrolling import step_masks, unroll
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from accelerate import Accelerator
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
     from transformers.trainer_utils import EvalLoopOutput
@@ -110,7 +110,8 @@ class FSPADTrainer(Trainer):
             active.
         args: Training arguments.
         train_dataset: Dialogues in any form that [`~fspad.trainer.data.prepare_dataset`] accepts. Rows with a
-            `features` column need no forward pass of the target.
+            `features` column, as [`~fspad.trainer.features.add_features`] gives them, need no forward pass of the target.
+            Of a stream `max_steps` are trained.
         eval_dataset: Dialogues to evaluate on, or a dict of such datasets.
         processing_class: The target's tokenizer, for datasets with `messages`. It is not kept: a trainer saves its
             tokenizer beside the model and gives the model its special tokens, and both are the target's.
@@ -128,7 +129,7 @@ class FSPADTrainer(Trainer):
         model: FSPADModel | PeftModel,
         target: PreTrainedModel | str,
         args: FSPADTrainingArguments | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
@@ -167,7 +168,7 @@ class FSPADTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or DataCollatorForFSPAD(),
+            data_collator=data_collator or DataCollatorForFSPAD(vocab_size=model.config.vocab_size),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **kwargs,
@@ -199,9 +200,14 @@ class FSPADTrainer(Trainer):
 
         Returns:
             The loss, and with `return_outputs` a dict with the summed losses, correct rows and counted rows.
+
+        Raises:
+            ValueError: If a feature of the target is NaN or infinite.
         """
         batch = self._make_rows(inputs, is_training=model.training)
         loss, sums = self._sum_losses(model, batch)
+        # Only now: choosing the counted rows has waited for the features anyway. A gradient would not survive them.
+        self._check_features(batch, inputs)
         if model.training:
             self._train_sums += sums
         rows = sums[: self.args.num_draft_steps, _ROWS].sum()
@@ -247,6 +253,15 @@ class FSPADTrainer(Trainer):
             noise = torch.rand(batch.features.shape, device=features.device) - 0.5
             batch.features = batch.features + (noise * (self.args.feature_noise * 512 / lengths)).to(features.dtype)
         return batch
+
+    def _check_features(self, batch: AlignedBatch, inputs: dict[str, torch.Tensor]) -> None:
+        is_finite = [torch.isfinite(part).all(dim=-1) for part in (batch.features, batch.label_features)]
+
+        def name_row(row: int) -> str:
+            ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+            return f"the row of {len(ids)} tokens that begins with the token ids {ids[:10]}"
+
+        check_finite(is_finite[0] & is_finite[1], self.target, name_row)
 
     @torch.no_grad()
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
