@@ -79,7 +79,7 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
         OSError: If a file is missing or cannot be written.
         ValueError: If arguments contradict each other, or do not fit target or dataset, or a file cannot be read.
     """
-    missing = [name for name in ("accelerate", "datasets") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("accelerate", "datasets", "evaluate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'training needs {" and ".join(missing)}: `pip install "fspad[train]"`')
     from fspad.trainer import FSPADTrainer, FSPADTrainingArguments

@@ -56,16 +56,19 @@ def test_logits_loss_is_the_naive_formula(softcap, is_trimmed, chunk_size):
     ids = torch.randperm(97)[:20] if is_trimmed else None
     lm_head = LMHead(target, ids)
     features = torch.randn(7, 32, dtype=torch.float64)
-    predict = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
+    predict = (features + torch.randn(7, 32, dtype=torch.float64)).requires_grad_()
 
     expected = naive_logits_loss(predict, features, lm_head)
     (expected_gradient,) = torch.autograd.grad(3.0 * expected, predict)
-    loss, correct = logits_loss(predict, features, lm_head, chunk_size)
+    loss, correct, in_top_k = logits_loss(predict, features, lm_head, chunk_size, top_k=4)
     (3.0 * loss).backward()
 
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(predict.grad, expected_gradient, rtol=1e-9, atol=1e-12)
-    assert correct == (lm_head(predict).argmax(-1) == lm_head(features).argmax(-1)).sum()
+    best, draft_logits = lm_head(features).argmax(-1), lm_head(predict)
+    assert correct == (draft_logits.argmax(-1) == best).sum()
+    ranks = (draft_logits > draft_logits.gather(1, best[:, None])).sum(-1)
+    assert in_top_k == (ranks < 4).sum() > correct
     assert all(parameter.grad is None for parameter in target.parameters())
 
 
@@ -86,7 +89,7 @@ def test_bf16_target_has_fp32_loss():
     target = make_target().bfloat16()
     head = LMHead(target)
     predict = torch.randn(6, 32, requires_grad=True)
-    loss, _ = logits_loss(predict, torch.randn(6, 32), head)
+    loss, *_ = logits_loss(predict, torch.randn(6, 32), head)
     loss.backward()
     assert loss.dtype == predict.grad.dtype == torch.float32
 
@@ -94,17 +97,17 @@ def test_bf16_target_has_fp32_loss():
 def test_no_counted_rows():
     head = LMHead(make_target())
     predict = torch.randn(0, 32, requires_grad=True)
-    loss, correct = logits_loss(predict, torch.randn(0, 32), head)
+    loss, correct, in_top_k = logits_loss(predict, torch.randn(0, 32), head, top_k=4)
     loss.backward()
     assert loss == 0
-    assert correct == 0
+    assert correct == in_top_k == 0
 
 
 def test_loss_is_lowest_at_the_target_itself():
     head = LMHead(make_target())
     features = torch.randn(4, 32)
-    best, correct = logits_loss(features, features, head)
+    best, correct, in_top_k = logits_loss(features, features, head)
     log_probs = F.log_softmax(head(features), -1)
     torch.testing.assert_close(best, -(log_probs.exp() * log_probs).sum().detach())
-    assert correct == 4
+    assert correct == in_top_k == 4
     assert logits_loss(features + 0.1, features, head)[0] > best

@@ -40,6 +40,7 @@ def make_trainer(folder, target=None, dataset=None, head=None, eval_dataset=None
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
         "save_strategy": "no",
+        "num_eval_prompts": 0,
     }
     return FSPADTrainer(
         model=head,
@@ -164,7 +165,7 @@ def test_loss_of_several_draft_steps_is_averaged_over_their_rows(tmp_path):
     trainer = make_trainer(tmp_path, num_draft_steps=3, feature_noise=0.0)
     (row, *_) = prepare_dataset(Dataset.from_list([{"prompt_ids": [1, 2, 3], "response_ids": [4, 5, 6, 7]}]), None)
     loss, outputs = trainer.compute_loss(trainer.model.train(), DataCollatorForFSPAD()([row]), return_outputs=True)
-    feature_sums, logits_sums, _, rows = outputs["sums"].T
+    feature_sums, logits_sums, _, rows, _ = outputs["sums"].T
     # Four tokens of the assistant: three rows, of which two begin a chain of two steps, and one begins one of three.
     assert rows.tolist() == [3, 2, 1]
     assert loss.item() == pytest.approx((feature_sums.sum() + 0.1 * logits_sums.sum()).item() / 6)
@@ -174,8 +175,8 @@ def test_evaluation_tells_the_accuracy_of_every_depth(tmp_path):
     head = FSPADModel.from_target(target := make_target(), FSPADConfig.from_target(target.config, draft_depth=2))
     trainer = make_trainer(tmp_path, target, head=head, eval_dataset=make_dataset())
     metrics = trainer.evaluate()
-    depths = [name for name in metrics if "accuracy" in name]
-    assert depths == ["eval_accuracy", "eval_accuracy_depth_2", "eval_accuracy_depth_3"]
+    names = [name for name in metrics if "accuracy" in name]
+    assert names == ["eval_accuracy", "eval_accuracy_top_8", "eval_accuracy_depth_2", "eval_accuracy_depth_3"]
     parts = metrics["eval_feature_loss"] + 0.1 * metrics["eval_logits_loss"]
     assert metrics["eval_loss"] == pytest.approx(parts, rel=1e-5)
     # One draft step is trained: the loss is that of the first, whatever else is looked at.
@@ -434,9 +435,13 @@ def test_trained_head_drafts_what_the_target_writes(tmp_path):
         per_device_train_batch_size=12,
         feature_noise=0.0,
         logits_loss_weight=1.0,
+        num_eval_prompts=2,
+        eval_max_new_tokens=24,
     )
     trainer.train()
-    assert trainer.evaluate()["eval_accuracy"] > 0.9
+    metrics = trainer.evaluate()
+    assert 0.9 < metrics["eval_accuracy"] <= metrics["eval_accuracy_top_8"] <= 1
+    assert metrics["eval_tau"] > 2.5
     out = target.generate(
         prompts[:1],
         assistant_model=trainer.model.eval(),

@@ -125,7 +125,8 @@ def logits_loss(
     label_features: torch.Tensor,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
     chunk_size: int = 128,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    top_k: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Soft cross-entropy of the draft's distribution against the target's, summed over rows.
 
     With a draft vocabulary both are distributions over its tokens: what the head can never draft is not worth the
@@ -138,11 +139,13 @@ def logits_loss(
         label_features: Features whose logits are the soft labels, of shape `(rows, hidden)`.
         lm_head: From features to logits, over the vocabulary that the head scores.
         chunk_size: Rows at once.
+        top_k: How many of the draft's most probable tokens are looked at.
 
     Returns:
-        The loss, a scalar in at least fp32, and the number of rows where both have the same most probable token.
+        The loss, a scalar in at least fp32; the number of rows where both have the same most probable token; and the
+        number of those where the target's most probable token is among the `top_k` of the draft.
     """
-    return _ChunkedSoftCrossEntropy.apply(predict, label_features, lm_head, chunk_size)
+    return _ChunkedSoftCrossEntropy.apply(predict, label_features, lm_head, chunk_size, top_k)
 
 
 class _ChunkedSoftCrossEntropy(torch.autograd.Function):
@@ -153,46 +156,53 @@ class _ChunkedSoftCrossEntropy(torch.autograd.Function):
         label_features: torch.Tensor,
         lm_head: Callable[[torch.Tensor], torch.Tensor],
         chunk_size: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        top_k: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(predict) if needs_gradient else None
         loss = predict.new_zeros((), dtype=torch.promote_types(predict.dtype, torch.float32))
         correct = torch.zeros((), dtype=torch.long, device=predict.device)
+        in_top_k = torch.zeros_like(correct)
         for start in range(0, predict.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             chunk = predict[rows].detach().requires_grad_(needs_gradient)
             with torch.set_grad_enabled(needs_gradient):
                 draft_logits = lm_head(chunk)
-            chunk_loss, logits_gradient, chunk_correct = _soft_cross_entropy(
-                draft_logits.detach(), lm_head(label_features[rows]), needs_gradient
+            chunk_loss, logits_gradient, chunk_correct, chunk_in_top_k = _soft_cross_entropy(
+                draft_logits.detach(), lm_head(label_features[rows]), needs_gradient, top_k
             )
             if gradient is not None:
                 # Through the LM head by autograd, so that any of them, with its scale and soft cap, is right.
                 (gradient[rows],) = torch.autograd.grad(draft_logits, chunk, logits_gradient)
             loss += chunk_loss.to(loss.device)
             correct += chunk_correct.to(correct.device)
+            in_top_k += chunk_in_top_k.to(in_top_k.device)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(correct, in_top_k)
+        return loss, correct, in_top_k
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, loss_gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None, None
+        return gradient * loss_gradient.to(gradient.dtype), None, None, None, None
 
 
 def _soft_cross_entropy(
-    draft_logits: torch.Tensor, target_logits: torch.Tensor, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Loss, its gradient with respect to the draft's logits, and the number of rows with the same best token."""
+    draft_logits: torch.Tensor, target_logits: torch.Tensor, needs_gradient: bool, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Loss, its gradient with respect to the draft's logits, and the rows that agree on the best token and in the top k."""
     target_probs = F.softmax(_at_least_fp32(target_logits), dim=-1)
     draft_log_probs = F.log_softmax(_at_least_fp32(draft_logits), dim=-1)
     loss = -torch.dot(target_probs.flatten(), draft_log_probs.flatten())
-    correct = (draft_log_probs.argmax(dim=-1) == target_probs.argmax(dim=-1)).sum()
+    best = target_probs.argmax(dim=-1)
+    correct = in_top_k = (draft_log_probs.argmax(dim=-1) == best).sum()
+    if top_k > 1:
+        drafts = draft_log_probs.topk(min(top_k, draft_log_probs.shape[-1]), dim=-1).indices  # (rows, top_k)
+        in_top_k = (drafts == best[:, None]).sum()
     if not needs_gradient:
-        return loss, None, correct
+        return loss, None, correct, in_top_k
     logits_gradient = draft_log_probs.exp_().sub_(target_probs)
-    return loss, logits_gradient.to(draft_logits.dtype), correct
+    return loss, logits_gradient.to(draft_logits.dtype), correct, in_top_k
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
-from transformers.utils import CONFIG_NAME
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import CONFIG_NAME, logging
 
 from fspad.target import LMHead, check_target, embed_tokens
 
 from .data import DataCollatorForFSPAD, prepare_dataset
+from .decoding import Prompt, decode_prompts, find_prompts, first_prompts
 from .distributed import check_fsdp, check_streams
 from .features import check_finite, compute_features
 from .loss import AlignedBatch, align, counted_rows, dialogue_lengths, feature_loss, logits_loss
@@ -31,8 +33,11 @@ if TYPE_CHECKING:
     from fspad import FSPADModel
 
 
-# Columns of the sums over rows: feature loss, logits loss, correct rows, rows.
+logger = logging.get_logger(__name__)
+
+# Columns of the sums over rows: feature loss, logits loss, correct rows, rows, rows correct in the top k.
 _ROWS = 3
+_NUM_COLUMNS = 5
 
 
 class ClipGradientValues(TrainerCallback):
@@ -100,8 +105,12 @@ class FSPADTrainer(Trainer):
     Checkpoints, resuming, mixed precision, distribution and progress are those of [`~transformers.Trainer`]. The log
     lines have `feature_loss`, `logits_loss` and `accuracy` (share of rows whose most probable token, of those that the
     head scores, is the target's) beside the loss, all as sums over counted rows divided by their number. With more than
-    one draft step, `accuracy_depth_2` and so on tell the same of the steps that feed on the head's own features;
-    evaluation always goes as deep as the head's drafts.
+    one draft step, `accuracy_depth_2` and so on tell the same of the steps that feed on the head's own features.
+
+    Evaluation always goes as deep as the head's drafts. It adds `accuracy_top_8` (or whatever `config.draft_top_k` is):
+    the share of rows whose most probable token is among so many of the head. And it decodes the first prompts of the
+    evaluation dataset, greedily, with and without the head as it will be used, which gives `tau` and `speedup`;
+    `metric_for_best_model="tau"` keeps the checkpoint that drafts best. Training goes on as if nothing was evaluated.
 
     Args:
         model: The head. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16 weights. Of a head that
@@ -182,6 +191,8 @@ class FSPADTrainer(Trainer):
         self._train_sums = self._zero_sums(args.num_draft_steps)
         # Evaluation goes as deep as drafts do.
         self._eval_sums = self._zero_sums(max(args.num_draft_steps, model.config.draft_depth + 1))
+        # Of each batch of the running evaluation, until there are enough.
+        self._eval_prompts: list[list[Prompt]] = []
 
     def compute_loss(
         self,
@@ -228,13 +239,14 @@ class FSPADTrainer(Trainer):
         for step, (output, row_mask) in enumerate(zip(outputs, step_masks(batch.row_mask, num_steps), strict=True)):
             labels = batch.label_features[row_mask]
             sum_feature_loss = feature_loss(output.regress[row_mask], labels)
-            sum_logits_loss, correct = logits_loss(
-                output.predict[row_mask], labels, self._get_lm_head(), self.args.logits_chunk_size
+            top_k = self.model.config.draft_top_k if step == 0 and not model.training else 1
+            sum_logits_loss, correct, in_top_k = logits_loss(
+                output.predict[row_mask], labels, self._get_lm_head(), self.args.logits_chunk_size, top_k
             )
             if step < self.args.num_draft_steps:
                 loss = loss + self.args.feature_loss_weight * sum_feature_loss
                 loss = loss + self.args.logits_loss_weight * sum_logits_loss
-            parts = (sum_feature_loss, sum_logits_loss, correct, row_mask.sum())
+            parts = (sum_feature_loss, sum_logits_loss, correct, row_mask.sum(), in_top_k)
             sums.append(torch.stack([value.detach().float() for value in parts]))
         return loss, torch.stack(sums)
 
@@ -321,6 +333,8 @@ class FSPADTrainer(Trainer):
             inputs = self._mask_repeated_rows(self._prepare_inputs(inputs))
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         self._eval_sums += outputs["sums"]
+        if len({prompt for batch in self._eval_prompts for prompt in batch}) < self.args.num_eval_prompts:
+            self._eval_prompts.append(find_prompts(inputs))
         return loss, None, None
 
     def _mask_repeated_rows(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -334,16 +348,32 @@ class FSPADTrainer(Trainer):
         return {**inputs, "assistant_mask": mask}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate a whole dataset; every metric is a sum over rows divided by their number."""
+        """Evaluate a whole dataset; every metric is a sum over rows divided by their number, or measured by decoding."""
         self._eval_sums.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._averages(self._eval_sums)
-        metrics["loss"] = (
-            self.args.feature_loss_weight * metrics["feature_loss"]
-            + self.args.logits_loss_weight * metrics["logits_loss"]
-        )
+        self._eval_prompts.clear()
+        device = self.args.device
+        # Data loaders and decoding draw numbers or seed them, which must not change the training that goes on afterwards.
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            metrics = self._averages(self._eval_sums, top_k=self.model.config.draft_top_k)
+            metrics["loss"] = (
+                self.args.feature_loss_weight * metrics["feature_loss"]
+                + self.args.logits_loss_weight * metrics["logits_loss"]
+            )
+            if self.args.num_eval_prompts > 0:
+                metrics |= self._decode_eval_prompts()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def _decode_eval_prompts(self) -> dict[str, float]:
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            logger.warning_once(
+                "tau is not measured during training: the head is sharded over processes, which decode different prompts. "
+                "Measure it with the saved head, and set `num_eval_prompts=0`."
+            )
+            return {}
+        prompts = first_prompts(self._eval_prompts, self.args.num_eval_prompts)
+        return decode_prompts(self.model, self.target, prompts, self.args.eval_max_new_tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and add the parts of the training loss since the last log line.
@@ -358,15 +388,17 @@ class FSPADTrainer(Trainer):
         super().log(logs, start_time)
 
     def _zero_sums(self, num_steps: int) -> torch.Tensor:
-        return torch.zeros(num_steps, _ROWS + 1, device=self.args.device)
+        return torch.zeros(num_steps, _NUM_COLUMNS, device=self.args.device)
 
-    def _averages(self, sums: torch.Tensor) -> dict[str, float]:
-        """Averages over the rows of the trained steps, and the accuracy of each step that was run."""
+    def _averages(self, sums: torch.Tensor, top_k: int = 1) -> dict[str, float]:
+        """Averages over the rows of the trained steps, and of each step the accuracy, of the first in the top k too."""
         sums = self.accelerator.reduce(sums.clone(), "sum").cpu()
-        sum_feature_loss, sum_logits_loss, _, rows = sums[: self.args.num_draft_steps].sum(dim=0).tolist()
+        sum_feature_loss, sum_logits_loss, _, rows, _ = sums[: self.args.num_draft_steps].sum(dim=0).tolist()
         metrics = {"feature_loss": sum_feature_loss / max(1.0, rows), "logits_loss": sum_logits_loss / max(1.0, rows)}
-        for step, (_, _, correct, step_rows) in enumerate(sums.tolist(), start=1):
+        for step, (_, _, correct, step_rows, in_top_k) in enumerate(sums.tolist(), start=1):
             metrics["accuracy" if step == 1 else f"accuracy_depth_{step}"] = correct / max(1.0, step_rows)
+            if step == 1 and top_k > 1:
+                metrics[f"accuracy_top_{top_k}"] = in_top_k / max(1.0, step_rows)
         return metrics
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -28,6 +28,9 @@ class FSPADTrainingArguments(TrainingArguments):
         logits_loss_weight: Weight of the soft cross-entropy against the target's distribution.
         feature_noise: Width of the uniform noise on the input features at 512 tokens; it shrinks as `1 / length`.
         logits_chunk_size: Positions whose logits over the vocabulary are held in memory at once.
+        num_eval_prompts: Prompts of the evaluation dataset, its first distinct ones, that each evaluation decodes plainly
+            and with the head to measure tau and speedup; 0 turns it off.
+        eval_max_new_tokens: Most tokens of such an answer.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Initial learning rate of AdamW."})
@@ -71,14 +74,26 @@ class FSPADTrainingArguments(TrainingArguments):
     logits_chunk_size: int = field(
         default=128, metadata={"help": "Positions whose logits over the vocabulary are held in memory at once."}
     )
+    num_eval_prompts: int = field(
+        default=4,
+        metadata={
+            "help": "Prompts of the evaluation dataset that each evaluation decodes with and without the head to measure "
+            "tau and speedup; 0 turns it off."
+        },
+    )
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
 
     def __post_init__(self) -> None:
         """Check what only this class knows of.
 
         Raises:
-            ValueError: If there is no draft step to train, or there are several for `torch.nn.DataParallel`.
+            ValueError: If there is no draft step to train, or there are several for `torch.nn.DataParallel`; or if there
+                are fewer prompts than none to evaluate on, or no tokens to answer them with.
         """
         super().__post_init__()
+        for name, smallest in (("num_eval_prompts", 0), ("eval_max_new_tokens", 1)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"expected {name} of at least {smallest}, got {getattr(self, name)}")
         if self.num_draft_steps < 1:
             raise ValueError(f"expected num_draft_steps of at least 1, got {self.num_draft_steps}")
         if self.num_draft_steps > 1 and self.n_gpu > 1:
