@@ -28,7 +28,14 @@ PLAIN_INPUT = {"fc.weight": "feature_sampling.fc.weight", "fc.bias": "feature_sa
 DROPPED = "embed_tokens.weight"  # a copy of the target's own embedding
 DRAFT_TO_TARGET = "d2t"  # the target's id of each draft token, minus the draft's own
 # What `config.json` may say beyond the layer itself; exported heads do.
-DRAFTING_FIELDS = ("draft_depth", "draft_top_k", "num_draft_tokens", "target_model_name", "target_revision")
+DRAFTING_FIELDS = (
+    "draft_depth",
+    "draft_top_k",
+    "num_draft_tokens",
+    "target_model_name",
+    "target_revision",
+    "target_vocab_hash",
+)
 
 
 def is_head(source: Path) -> bool:

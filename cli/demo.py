@@ -15,6 +15,7 @@ from rich.table import Table
 
 import fspad
 from fspad.bench.measuring import Comparison, compare, total
+from fspad.provenance import as_hub_id, check_vocabulary
 
 from .loading import encode, find_shipped_head, load_head, load_target, read_prompts
 from .smollm2 import TARGET_NAME
@@ -86,14 +87,25 @@ def run_demo(
 
     Returns:
         Whether the answers are as they must be: identical in fp32.
+
+    Raises:
+        ValueError: If the tokenizer is not that of the target that the head was trained for, or the head does not say
+            which target that is.
     """
     prompts = (read_prompts(prompts_file) if prompts_file else PROMPTS)[:num_prompts]
     head_name = head_name or str(find_shipped_head())
     with console.status("Loading the head and its target ..."):
         head = load_head(head_name, dtype)
-        if target_name is None and head.config.target_model_name != TARGET_NAME:
-            target_name = head.config.target_model_name
+        recorded = head.config.target_model_name
+        if target_name is None and recorded not in (None, TARGET_NAME):
+            # A head may come from anybody, and must not say which of this machine's folders are read
+            if as_hub_id(recorded) is None:
+                raise ValueError(
+                    f"expected a head that records the Hub id of its target, got {recorded!r}: name it with `--target`."
+                )
+            target_name = recorded
         target, tokenizer = load_target(target_name, dtype)
+        check_vocabulary(head.config, tokenizer)
         head = head.to(target.device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:

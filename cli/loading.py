@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import fspad
+from fspad.provenance import note_default_revision
 
 from .smollm2 import load_smollm2, quiet_loading
 
@@ -35,6 +36,7 @@ def load_target(name: str | None, dtype: torch.dtype | None = None) -> tuple[Pre
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(name)
             target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        note_default_revision(target.config)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return target.to(device).eval(), tokenizer
 

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fspad import FSPADConfig, FSPADModel
+from fspad.provenance import check_vocabulary
 
 from .loading import load_head, load_target
 
@@ -77,7 +78,8 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
     Raises:
         ImportError: If the packages of the extra `train` are missing.
         OSError: If a file is missing or cannot be written.
-        ValueError: If arguments contradict each other, or do not fit target or dataset, or a file cannot be read.
+        ValueError: If arguments contradict each other, or do not fit target or dataset, a file cannot be read, or the
+            head was trained with another vocabulary.
     """
     missing = [name for name in ("accelerate", "datasets", "evaluate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -99,6 +101,7 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
     # A new head is the same one in every run, and in every process, of each of which FSDP takes a part.
     set_seed(training.seed)
     head = make_head(options, target)
+    check_vocabulary(head.config, tokenizer)
     if options.draft_vocab_size is not None:
         train_dataset = trim_vocabulary(head, train_dataset, tokenizer, training, options.draft_vocab_size)
     if options.features_dir is not None:

@@ -1,19 +1,48 @@
 """Configuration of an FSPAD head."""
 
-import os
 from typing import Any
 
 from .versions import check_transformers_version
 
 check_transformers_version()
 
-from transformers import PreTrainedConfig  # noqa: E402  # the check above must speak before an import can fail
+# The check above must speak before an import can fail
+from transformers import PreTrainedConfig  # noqa: E402
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from .config_checks import (  # noqa: E402
+    MOST,
+    check_auto_map,
+    check_dtype,
+    check_flag,
+    check_integer,
+    check_number,
+    check_rope_parameters,
+    check_text,
+    check_token_ids,
+    shorten,
+)
+from .provenance import target_id, target_revision  # noqa: E402
+
+logger = logging.get_logger(__name__)
+
+# What a saved head has of the fields that every model has
+_FIELDS_OF_TRANSFORMERS = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_commit_hash",  # not of the file: written over by transformers while it reads the file
+)
 
 
 class FSPADConfig(PreTrainedConfig):
     """Configuration of an [`FSPADModel`]: the shape of the head, its variant, its drafting knobs and its target.
 
-    The four variants of the paper's ablation are two switches. With both off the head is an EAGLE-1/2 head.
+    The four variants of the paper's ablation are two switches. With both off the head is an EAGLE-1/2 head. Sizes and
+    drafting knobs have upper limits (`config_checks.MOST`), far beyond every known model.
 
     Args:
         vocab_size: Vocabulary size of the target.
@@ -39,6 +68,7 @@ class FSPADConfig(PreTrainedConfig):
         draft_vocab_size: How many of the most frequent tokens the head scores; `None` for the target's vocabulary.
         target_model_name: Hub id (or name) of the target that the head was trained for.
         target_revision: Revision of that target.
+        target_vocab_hash: SHA-256 of that target's vocabulary; the trainer records it.
         pad_token_id: The target's padding token; equal to the target's so that pipelines accept the pair.
         bos_token_id: The target's first token.
         eos_token_id: The target's end token or tokens.
@@ -69,36 +99,103 @@ class FSPADConfig(PreTrainedConfig):
     draft_vocab_size: int | None = None
     target_model_name: str | None = None
     target_revision: str | None = None
+    target_vocab_hash: str | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("hidden_size", "num_attention_heads"):
+            check_integer(name, getattr(self, name), at_least=1, at_most=MOST[name])
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        # Before transformers reads the values, and after it has filled in some
+        self.check()
+        check_dtype(kwargs.get("torch_dtype") if self.dtype is None else self.dtype)
         super().__post_init__(**kwargs)
         self.check()
 
-    def check(self) -> None:
-        """Check the values that no tensor shape would catch.
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "FSPADConfig | tuple[FSPADConfig, dict]":
+        """Make a configuration from the contents of a `config.json`, which may come from anybody.
+
+        Only the fields of a head are taken over, and a missing dtype is float32. What else such a file can say to transformers (an attention kernel of
+        the Hub, other weight files, quantization, methods overwritten by values) is left out with a warning.
+
+        Args:
+            config_dict: The contents of the file.
+            **kwargs: As in [`~transformers.PreTrainedConfig.from_dict`]; these come from the caller and are trusted.
+
+        Returns:
+            The configuration, and with `return_unused_kwargs=True` the arguments that are none of its fields.
 
         Raises:
-            ValueError: If a size is not a positive integer, or two sizes do not fit each other.
+            ValueError: If a value is of another type or out of its range.
         """
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-            _expect_integer(name, getattr(self, name), at_least=1)
-        if self.num_hidden_layers != 1:
-            raise ValueError(f"an FSPAD head has one decoder layer, got num_hidden_layers={self.num_hidden_layers}")
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"expected a config.json that holds a dictionary, got {shorten(config_dict)}")
+        fields = {*cls.__annotations__, *_FIELDS_OF_TRANSFORMERS}
+        if left_out := sorted(str(name) for name in config_dict if name not in {*fields, "model_type"}):
+            logger.warning_once(f"Fields of config.json that an FSPAD head does not have are left out: {left_out}.")
+        config_dict = {name: value for name, value in config_dict.items() if name in fields}
+        for name in ("transformers_version", "_commit_hash"):
+            check_text(name, config_dict.get(name))
+        architectures = config_dict.get("architectures")
+        if architectures is not None and not (
+            isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+        ):
+            raise ValueError(f"architectures must be a list of class names, got {shorten(architectures)}")
+        check_auto_map(config_dict.get("auto_map"))
+        if config_dict.get("dtype") is None and config_dict.get("torch_dtype") is None:
+            # Otherwise transformers would look for it in the weight files before their kind is known
+            config_dict["dtype"] = "float32"
+        return super().from_dict(config_dict, **kwargs)
+
+    def check(self) -> None:
+        """Check types and ranges, which may come from anybody, and that sizes fit each other.
+
+        Raises:
+            ValueError: If a value is of another type or out of its range, or two sizes do not fit each other.
+        """
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            check_integer(name, getattr(self, name), at_least=1, at_most=MOST[name])
+        check_integer("num_key_value_heads", self.num_key_value_heads, at_least=1, at_most=self.num_attention_heads)
+        check_integer("head_dim", self.head_dim, at_least=2, at_most=MOST["head_dim"])
+        if type(self.num_hidden_layers) is not int or self.num_hidden_layers != 1:
+            raise ValueError(
+                f"an FSPAD head has one decoder layer, got num_hidden_layers={shorten(self.num_hidden_layers)}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, since RoPE rotates pairs, got {self.head_dim}")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be an activation of transformers, got {shorten(self.hidden_act)}")
+        check_number("rms_norm_eps", self.rms_norm_eps, at_least=0, at_most=1)
+        check_number("attention_dropout", self.attention_dropout, at_least=0, at_most=1)
+        check_number("initializer_range", self.initializer_range, at_least=0, at_most=100)
+        for name in ("attention_bias", "feature_sampling", "partial_alignment"):
+            check_flag(name, getattr(self, name))
+        check_rope_parameters(self.rope_parameters, self.head_dim)
         if self.draft_vocab_size is not None:
-            _expect_integer("draft_vocab_size", self.draft_vocab_size, at_least=1, at_most=self.vocab_size)
+            check_integer("draft_vocab_size", self.draft_vocab_size, at_least=1, at_most=self.vocab_size)
         self.check_drafting()
+        for name in ("target_model_name", "target_revision", "target_vocab_hash"):
+            check_text(name, getattr(self, name))
+        check_token_ids("pad_token_id", self.pad_token_id)
+        check_token_ids("bos_token_id", self.bos_token_id)
+        check_token_ids("eos_token_id", self.eos_token_id, may_be_several=True)
 
     def check_drafting(self) -> None:
         """Check the drafting knobs, which may have been assigned since the config was made.
@@ -106,9 +203,8 @@ class FSPADConfig(PreTrainedConfig):
         Raises:
             ValueError: If one of them is not an integer in its range.
         """
-        _expect_integer("draft_depth", self.draft_depth, at_least=0)
-        _expect_integer("draft_top_k", self.draft_top_k, at_least=1)
-        _expect_integer("num_draft_tokens", self.num_draft_tokens, at_least=1)
+        for name, at_least in (("draft_depth", 0), ("draft_top_k", 1), ("num_draft_tokens", 1)):
+            check_integer(name, getattr(self, name), at_least, at_most=MOST[name])
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "FSPADConfig":
@@ -136,7 +232,8 @@ class FSPADConfig(PreTrainedConfig):
             "max_position_embeddings": _first_int(text, "max_position_embeddings") or cls.max_position_embeddings,
             "rms_norm_eps": getattr(text, "rms_norm_eps", None) or cls.rms_norm_eps,
             "rope_parameters": _flat_rope_parameters(text),
-            "target_model_name": _hub_id(target_config),
+            "target_model_name": target_id(target_config),
+            "target_revision": target_revision(target_config),
             **_attention_shape(text),
         }
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -144,22 +241,10 @@ class FSPADConfig(PreTrainedConfig):
         return cls(**{**values, **overrides})
 
 
-def _expect_integer(name: str, value: Any, at_least: int, at_most: int | None = None) -> None:
-    bounds = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-    if not good or (at_most is not None and value > at_most):
-        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
-
-
-def _hub_id(target_config: PreTrainedConfig) -> str | None:
-    """The target's name, unless it is a folder of this machine, which would mean nothing elsewhere."""
-    name = getattr(target_config, "_name_or_path", None)
-    return name if name and not os.path.isdir(name) else None
-
-
 def _first_int(config: PreTrainedConfig, *names: str) -> int | None:
-    """The first of these fields that holds one integer for all layers."""
-    return next((value for name in names if isinstance(value := common_value(config, name), int)), None)
+    """The first of these fields that holds one positive integer for all layers."""
+    values = (common_value(config, name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def common_value(config: PreTrainedConfig, name: str, default: Any = None) -> Any:

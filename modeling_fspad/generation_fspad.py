@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .decoding_loop import DecodingLoop
 from .drafting import Drafter, DraftingKnobs
 from .plain_decoding import decode_plainly
+from .provenance import warn_of_another_target
 from .target import check_target, device_of
 from .tree_attention import VerificationMode, choose_verification, learned_positions
 from .verification import TokenChooser
@@ -91,6 +92,7 @@ class AssistedDecodingMixin:
             ValueError: If head and target do not fit, or for options under which nothing can be rolled back.
         """
         check_target(self.config, target)
+        warn_of_another_target(self.config, target)
         self.config.check_drafting()
         check_inputs(input_ids, model_kwargs)
         mode, reason = choose_verification(target, model_kwargs.get("past_key_values"))

@@ -27,6 +27,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
+from .checkpoint import (
+    ONLY_SAFETENSORS,
+    check_draft_vocabulary,
+    check_folder,
+    check_names,
+    check_weight_files,
+    check_weights,
+)
 from .configuration_fspad import FSPADConfig
 from .generation_fspad import AssistedDecodingMixin
 from .hook import install_hook
@@ -125,6 +133,8 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
     _no_split_modules = ("FeatureSampling", "PartialAlignmentLayer")
 
     def __init__(self, config: FSPADConfig):
+        # Once more, since fields may have been assigned after the configuration was made
+        config.check()
         super().__init__(config)
         self.feature_sampling = FeatureSampling(config)
         self.layer = PartialAlignmentLayer(config)
@@ -155,26 +165,51 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> FSPADModel:
         """Load a head, all of it: a head with random parts would still be lossless, and never show what is wrong.
 
+        A head may come from anybody: weights are read from safetensors files only, which hold no code, and nothing is
+        allocated for sizes in `config.json` that the weights do not have.
+
         Args:
             *args: As in [`~transformers.PreTrainedModel.from_pretrained`].
             output_loading_info: Whether to return the loading report as well.
-            **kwargs: As in [`~transformers.PreTrainedModel.from_pretrained`].
+            **kwargs: As in [`~transformers.PreTrainedModel.from_pretrained`]; `use_safetensors` is always on.
 
         Returns:
             The head, or the head and the report.
 
         Raises:
-            ValueError: If the checkpoint lacks weights, or holds some that the head has no place for.
+            OSError: If there are no safetensors files.
+            ValueError: If a value in `config.json` is out of its range, or the checkpoint lacks weights, has them in
+                other shapes, or holds some that the head has no place for.
         """
-        head, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # A draft vocabulary may be turned off while loading
-        missing, unknown = sorted(report["missing_keys"]), sorted(set(report["unexpected_keys"]) - {"draft_vocab_ids"})
-        if missing or unknown:
-            raise ValueError(
-                f"the checkpoint does not match its config.json: missing weights {missing}, unknown weights {unknown}. "
-                "Download it again, or convert checkpoints of other implementations with `fspad convert`."
-            )
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_folder(name, kwargs.get("subfolder", ""))
+        kwargs["use_safetensors"] = True
+        try:
+            head, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except OSError as error:
+            if "model.safetensors" in str(error):
+                raise OSError(f"{error} {ONLY_SAFETENSORS}") from error
+            raise
+        check_names(set(report["missing_keys"]), set(report["unexpected_keys"]))
+        if (token_ids := getattr(head, "draft_vocab_ids", None)) is not None and not token_ids.is_meta:
+            check_draft_vocabulary(token_ids, head.config.vocab_size)
         return (head, report) if output_loading_info else head
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: FSPADModel,
+        state_dict: dict[str, torch.Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # Where transformers has found the files, and the model is still on the meta device
+        check_weight_files(checkpoint_files or [], load_config.pretrained_model_name_or_path)
+        check_weights(model, state_dict, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     def forward(
         self,
@@ -247,12 +282,7 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
             self._buffers.pop("draft_vocab_ids", None)
             self.config.draft_vocab_size = None
             return
-        unique = token_ids.unique()
-        if unique.numel() != token_ids.numel() or unique[0] < 0 or unique[-1] >= self.config.vocab_size:
-            raise ValueError(
-                f"a draft vocabulary holds distinct token ids from 0 to {self.config.vocab_size - 1}, got "
-                f"{token_ids.numel()} ids, {unique.numel()} of them distinct, from {unique[0]} to {unique[-1]}"
-            )
+        check_draft_vocabulary(token_ids, self.config.vocab_size)
         self.register_buffer("draft_vocab_ids", token_ids.to(device=self.device, dtype=torch.long))
         self.config.draft_vocab_size = token_ids.numel()
 

@@ -134,6 +134,31 @@ def test_demo_refuses_another_kind_of_head(pair):
     assert "'llama'" in result.output
 
 
+def edit_config(head: Path, **fields) -> None:
+    config = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def test_a_head_with_another_vocabulary_is_refused(pair, prompts, tmp_path):
+    target, head = pair
+    edit_config(head, target_vocab_hash="0" * 64)
+    dialogues = tmp_path / "dialogues.jsonl"
+    dialogues.write_text('{"prompt_ids": [1, 2], "response_ids": [3, 4, 5]}\n')
+    files = ("--train_file", dialogues, "--output_dir", tmp_path / "more", "--use_cpu")
+    for command in (("demo", "--prompts", prompts), ("train", *files)):
+        result = run(*command, "--head", head, "--target", target)
+        assert result.exit_code == 1
+        assert "trained with another vocabulary" in plain(result.output)
+
+
+def test_demo_does_not_read_folders_that_a_head_names(pair):
+    target, head = pair
+    edit_config(head, target_model_name=str(target))
+    result = run("demo", "--head", head)
+    assert result.exit_code == 1
+    assert "name it with `--target`" in plain(result.output)
+
+
 def test_demo_says_where_it_looked_for_a_head(tmp_path):
     result = run("demo", "--head", tmp_path / "missing")
     assert result.exit_code == 1

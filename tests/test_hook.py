@@ -110,7 +110,7 @@ def test_bad_knobs_and_prompts_are_refused():
     target = make_target()
     head = make_head(target)
     head.config.draft_top_k = 0
-    with pytest.raises(ValueError, match="draft_top_k must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="draft_top_k must be an integer from 1 to 256, got 0"):
         target.generate(PROMPT, assistant_model=head)
     with pytest.raises(ValueError, match="prompt is empty"):
         target.generate(PROMPT[:, :0], assistant_model=make_head(target), max_new_tokens=5)

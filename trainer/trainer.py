@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME, logging
 
+from fspad.provenance import check_vocabulary, note_default_revision, record_target
 from fspad.target import LMHead, check_target, embed_tokens
 
 from .data import DataCollatorForFSPAD, prepare_dataset
@@ -123,14 +124,15 @@ class FSPADTrainer(Trainer):
             Of a stream `max_steps` are trained.
         eval_dataset: Dialogues to evaluate on, or a dict of such datasets.
         processing_class: The target's tokenizer, for datasets with `messages`. It is not kept: a trainer saves its
-            tokenizer beside the model and gives the model its special tokens, and both are the target's.
+            tokenizer beside the model and gives the model its special tokens, and both are the target's. A hash of its
+            vocabulary is recorded in the head's configuration.
         data_collator: By default a [`DataCollatorForFSPAD`].
         peft_config: The adapter to wrap the head with, e.g. `LoraConfig(target_modules="all-linear")`; by default none.
         **kwargs: As in [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If the head does not fit the target, the target has virtual tokens, the adapter is made for a task,
-            a dataset has nothing to train on, or several processes cannot do what is asked of them.
+        ValueError: If the head does not fit the target or the tokenizer, the target has virtual tokens, the adapter is
+            made for a task, a dataset has nothing to train on, or several processes cannot do what is asked of them.
     """
 
     def __init__(
@@ -149,7 +151,10 @@ class FSPADTrainer(Trainer):
             args = FSPADTrainingArguments(output_dir="fspad-head")
         if isinstance(target, str):
             target = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+            note_default_revision(target.config)
         check_target(model.config, target)
+        if processing_class is not None:
+            check_vocabulary(model.config, processing_class)
         check_virtual_tokens(target)
         if (adapter := peft_config or getattr(model, "active_peft_config", None)) is not None:
             check_adapter(adapter)
@@ -183,6 +188,7 @@ class FSPADTrainer(Trainer):
             **kwargs,
         )
         check_fsdp(self.accelerator, args.num_draft_steps)
+        record_target(model.config, target, processing_class)
         self.add_callback(ClipGradientValues(self.accelerator))
         # `compute_loss` divides by the rows of the whole step. The first name is read from 5.19 on, the other before.
         self.loss_is_scaled_for_ga = True
