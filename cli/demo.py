@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import fspad
+from fspad.bench.machine import processor_name
 from fspad.bench.measuring import Comparison, compare, total
 from fspad.provenance import as_hub_id, check_vocabulary
 
@@ -64,13 +64,8 @@ def describe_setup(dtype: torch.dtype) -> str:
     Returns:
         One line of text.
     """
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, fspad {fspad.__version__}"
-    return f"{processor}; {versions}; {str(dtype).removeprefix('torch.')}; {torch.get_num_threads()} threads"
+    return f"{processor_name()}; {versions}; {str(dtype).removeprefix('torch.')}; {torch.get_num_threads()} threads"
 
 
 def run_demo(

@@ -1,5 +1,7 @@
 """Model cards of FSPAD heads."""
 
-from .model_card import FSPADModelCard, Measurement, Training
+from .measurement import Measurement, summarize
+from .model_card import FSPADModelCard
+from .training import Evaluation, Training, read_evaluations
 
-__all__ = ["FSPADModelCard", "Measurement", "Training"]
+__all__ = ["Evaluation", "FSPADModelCard", "Measurement", "Training", "read_evaluations", "summarize"]

@@ -2,137 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import importlib.util
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fspad import FSPADConfig
 from fspad.versions import OLDEST_TESTED
 
+from .measurement import Measurement, acceptance_table, results_table, shared_setup
+from .training import Training
+
+if TYPE_CHECKING:
+    from fspad.trainer import FSPADTrainer
+
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ("speculative-decoding", "draft-model", "fspad", "arxiv:2408.15562")
-METRICS = {"tau": "Mean tokens per step of the target", "speedup": "Tokens per second relative to plain generate"}
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a head was trained. Every field may be unknown.
-
-    Args:
-        dataset: What the dialogues are and who wrote the answers, in words.
-        num_dialogs: Dialogues trained on.
-        num_answer_tokens: Tokens in them that the loss counts, once through the dataset.
-        steps: Optimizer steps.
-        epochs: Passes over the dataset.
-        mask_policy: Which positions the loss counts, in words.
-        recipe: Hyperparameters by name.
-        hardware: What it ran on.
-        versions: Releases by package.
-    """
-
-    dataset: str | None = None
-    num_dialogs: int | None = None
-    num_answer_tokens: int | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    mask_policy: str | None = None
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    hardware: str | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    def facts(self) -> list[tuple[str, str]]:
-        """The known fields, as a label and a text each."""
-        recipe = [f"`{name}={_inline(value)}`" for name, value in self.recipe.items() if value is not None]
-        versions = [f"{name} {_inline(version)}" for name, version in self.versions.items()]
-        facts = {
-            "Data": self.dataset,
-            "Dialogues": _count(self.num_dialogs),
-            "Answer tokens": _count(self.num_answer_tokens),
-            "Optimizer steps": _count(self.steps),
-            "Epochs": None if self.epochs is None else f"{self.epochs:g}",
-            "Positions in the loss": self.mask_policy,
-            "Hyperparameters": ", ".join(recipe),
-            "Hardware": self.hardware,
-            "Versions": ", ".join(versions),
-        }
-        return [(label, _inline(value)) for label, value in facts.items() if value]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One run over a set of prompts, batch size 1.
-
-    Args:
-        prompts: Name of the set of prompts.
-        temperature: 0 for greedy decoding.
-        tau: Mean tokens per verification step, bonus token included.
-        speedup: Tokens per second by those of plain `generate` in the same run, prefill included.
-        tokens_per_second: Speed with the head.
-        num_prompts: Size of the set.
-        machine: What it ran on.
-        dtype: Dtype of target and head.
-        threads: Threads that torch used.
-
-    Raises:
-        ValueError: If a number cannot come from a measurement.
-    """
-
-    prompts: str
-    temperature: float
-    tau: float
-    speedup: float | None = None
-    tokens_per_second: float | None = None
-    num_prompts: int | None = None
-    machine: str | None = None
-    dtype: str | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        # A step emits the target's own token at least, so that a smaller tau is a mistake in counting.
-        for name, least in {"temperature": 0, "tau": 1, "speedup": 0, "tokens_per_second": 0}.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(
-                    f"expected {name} to be a finite number of at least {least}, got {value}: measure again."
-                )
-
-    def eval_results(self) -> list[EvalResult]:
-        """The entries of the model index: tau, and the speedup if it is known."""
-        names = ("num_prompts", "dtype", "threads", "machine")
-        known = [f"{name}={_inline(value)}" for name in names if (value := getattr(self, name)) is not None]
-        values = {name: value for name in METRICS if (value := getattr(self, name)) is not None}
-        return [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=re.sub(r"\W+", "-", self.prompts.lower()).strip("-") or "prompts",
-                dataset_name=self.prompts,
-                # huggingface_hub puts results together that differ in nothing but name, arguments and metric.
-                dataset_config=", ".join([f"temperature={self.temperature:g}", *known]),
-                metric_type=name,
-                metric_name=METRICS[name],
-                metric_value=round(float(value), 2),
-            )
-            for name, value in values.items()
-        ]
-
-
-_COLUMNS: dict[str, Callable[[Measurement], str | None]] = {
-    "Prompts": lambda m: m.prompts,
-    "Number": lambda m: _count(m.num_prompts),
-    "Temperature": lambda m: f"{m.temperature:g}" if m.temperature else "0 (greedy)",
-    "tau": lambda m: f"{m.tau:.2f}",
-    "Speedup": lambda m: None if m.speedup is None else f"{m.speedup:.2f}x",
-    "Tokens/s": lambda m: None if m.tokens_per_second is None else f"{m.tokens_per_second:.1f}",
-    "Machine": lambda m: m.machine,
-    "Dtype": lambda m: m.dtype,
-    "Threads": lambda m: _count(m.threads),
-}
 
 
 @dataclass
@@ -152,6 +41,9 @@ class FSPADModelCard:
         license: Identifier of the head's license, as the Hub spells it.
         license_note: Where the license comes from: those of the target and of the training data.
         datasets: Hub ids of the training data.
+        language: Codes of the languages of the text, as the Hub spells them.
+        tags: Tags beside those that every head has.
+        model_name: Name of the head in the model index; by default the end of its repository or path.
 
     Raises:
         ValueError: If an id is no Hub id, the path is absolute, or there is a revision without a repository.
@@ -169,6 +61,9 @@ class FSPADModelCard:
     license: str | None = None
     license_note: str | None = None
     datasets: Sequence[str] = ()
+    language: str | Sequence[str] | None = None
+    tags: Sequence[str] = ()
+    model_name: str | None = None
 
     def __post_init__(self) -> None:
         for repo_id in (self.repo_id, self.target, *self.datasets):
@@ -185,10 +80,40 @@ class FSPADModelCard:
         if self.target is not None and self.target_revision is None and self.target == recorded:
             self.target_revision = self.head_config.target_revision
 
+    @classmethod
+    def from_trainer(cls, trainer: FSPADTrainer, dataset: str | None = None, **known: Any) -> FSPADModelCard:
+        """The card of the head in a trainer, with what the trainer knows: the training, the target, the repository.
+
+        What was logged in training stays apart from `measurements`, which are measured with care and afterwards.
+
+        Args:
+            trainer: The trainer.
+            dataset: What the dialogues are and who wrote the answers, in words.
+            **known: Fields that the trainer does not know, or knows worse.
+
+        Returns:
+            The card.
+        """
+        config = trainer.model.config
+        recorded = config.target_model_name
+        values = {
+            "head_config": config,
+            # `None` as long as there is no repository; the arguments may lack the user's name.
+            "repo_id": trainer.hub_model_id,
+            "training": Training.from_trainer(trainer, dataset),
+        }
+        # Of a target that came from the Hub, the very commit is known.
+        is_recorded = trainer.target.config._name_or_path == recorded == known.get("target", recorded)
+        if is_recorded and config.target_revision is None:
+            values["target_revision"] = getattr(trainer.target.config, "_commit_hash", None)
+        if (adapter := getattr(trainer.target, "active_peft_config", None)) is not None:
+            values["target_weights"] = f"with an adapter ({adapter.peft_type.value})"
+        return cls(**{**values, **known})
+
     def data(self) -> ModelCardData:
         """The front matter."""
         results = [result for measurement in self.measurements for result in measurement.eval_results()]
-        name = (self.repo_id or self.path or "fspad-head").rstrip("/").rsplit("/", 1)[-1]
+        name = self.model_name or (self.repo_id or self.path or "fspad-head").rstrip("/").rsplit("/", 1)[-1]
         return ModelCardData(
             base_model=self.target,
             base_model_relation=None if self.target is None else "adapter",
@@ -196,39 +121,55 @@ class FSPADModelCard:
             pipeline_tag="text-generation",
             license=self.license,
             datasets=list(self.datasets) or None,
-            tags=list(TAGS),
+            language=self.language if self.language is None or isinstance(self.language, str) else list(self.language),
+            tags=list(dict.fromkeys([*TAGS, *self.tags])),
             model_name=name if results else None,
             eval_results=results or None,
         )
 
-    def render(self) -> ModelCard:
-        """The whole card; `str` of it is the text, with the front matter."""
+    def render(self, plots: Collection[str] = ()) -> ModelCard:
+        """The whole card; `str` of it is the text, with the front matter.
+
+        Args:
+            plots: Names of the plots, of those that `save` draws, which are beside the card.
+
+        Returns:
+            The card.
+        """
+        training = self.training or Training()
         card = ModelCard.from_template(
             self.data(),
             template_path=str(TEMPLATE),
             card=self,
             config=self.head_config,
-            training_facts=[] if self.training is None else self.training.facts(),
-            results_table=_results_table(self.measurements),
+            training_facts=training.facts(),
+            evaluations_table=training.evaluations_table(),
+            results_table=results_table(self.measurements),
+            shared_setup=shared_setup(self.measurements),
+            acceptance_table=acceptance_table(self.measurements),
             oldest_transformers=".".join(map(str, OLDEST_TESTED)),
+            plots=plots,
         )
         card.text += "\n"  # Jinja drops the newline at the end of a template
         return card
 
     def save(self, folder: str | Path) -> Path:
-        """Write `README.md` into the folder of the head, and return its path; `ModelCard.load` reads it again."""
+        """Write `README.md` and its plots into the folder of the head; `ModelCard.load` reads it again.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            Path of the card. Without matplotlib it has no plots.
+        """
         path = Path(folder) / "README.md"
-        self.render().save(path)
+        plots = []
+        if importlib.util.find_spec("matplotlib") is not None:
+            from .plots import draw_plots
+
+            plots = draw_plots(self, path.parent)
+        self.render(plots).save(path)
         return path
-
-
-def _results_table(measurements: Sequence[Measurement]) -> list[str]:
-    """Lines of a Markdown table without the columns that no measurement fills."""
-    columns = {heading: [text(measurement) for measurement in measurements] for heading, text in _COLUMNS.items()}
-    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
-    rows = zip(*columns.values(), strict=True)
-    cells = [[_inline(cell or "").replace("|", "\\|") for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in (list(columns), ["---"] * len(columns), *cells)] if cells else []
 
 
 def _is_hub_id(name: str) -> bool:
@@ -238,12 +179,3 @@ def _is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return not Path(name).exists()
-
-
-def _count(number: int | None) -> str | None:
-    return None if number is None else f"{number:,}"
-
-
-def _inline(value: Any) -> str:
-    """Text in one line, since a line break would end a row or an item."""
-    return " ".join(str(value).split())

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 from conftest import make_head, make_target
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import fspad
-from fspad.hub_cards import FSPADModelCard, Measurement, Training
+from fspad.hub_cards import Evaluation, FSPADModelCard, Measurement, Training
 
 CONFIG = fspad.FSPADConfig(vocab_size=97, hidden_size=32, num_attention_heads=4)
 TARGET = "somebody/target"
@@ -58,12 +58,27 @@ def full_card() -> FSPADModelCard:
     )
 
 
+# Stands for the file that a pushed head has, and takes what the card's call hands on.
+RECIPE = f"""
+from transformers import AutoModel
+
+
+def generate(model, revision, **kwargs):
+    assert revision == {SHA!r}
+    kwargs["assistant_model"] = AutoModel.from_pretrained("user/head", trust_remote_code=True, dtype=model.dtype)
+    return model.generate(**kwargs)
+"""
+
+
 CARDS = pytest.mark.parametrize("make", [bare_card, hub_card, full_card])
 
 
+def python_blocks(card: FSPADModelCard) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", str(card.render()), re.DOTALL)
+
+
 def python_block(card: FSPADModelCard) -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", str(card.render()), re.DOTALL)
-    return block
+    return "\n".join(python_blocks(card))
 
 
 def calls(block: str) -> dict[str, dict[str, object]]:
@@ -95,7 +110,7 @@ def test_markdown_is_tidy(make):
     assert not re.search(r"[ \t]+$", text, re.MULTILINE)
     assert "\n\n\n" not in text
     assert text.endswith("```\n")
-    assert not re.search(r"^#.*\n(?!\n)", make().render().text.replace(python_block(make()), ""), re.MULTILINE)
+    assert not re.search(r"^#.*\n(?!\n)", make().render().text, re.MULTILINE)
     for unknown in ("None", "N/A", "nan", "unknown", "{{", "{%"):
         assert unknown not in text
 
@@ -137,8 +152,9 @@ def test_a_card_with_nothing_known_but_the_config():
         "pipeline_tag": "text-generation",
         "tags": ["speculative-decoding", "draft-model", "fspad", "arxiv:2408.15562"],
     }
-    headings = re.findall(r"^#+ (.*)", card.text.replace(python_block(bare_card()), ""), re.MULTILINE)
-    assert headings == ["FSPAD draft head", "Use", "The head", "What lossless means", "Limits", "Citation"]
+    headings = re.findall(r"^#+ (.*)", card.text, re.MULTILINE)
+    uses = ["Use", "As the assistant of `generate`", "In a pipeline"]
+    assert headings == ["FSPAD draft head", *uses, "The head", "What lossless means", "Limits", "Citation"]
     assert "**Not a stand-alone model: a draft head for its target.**" in card.text
     assert "- Target" not in card.text
     assert "revision" not in card.text
@@ -213,6 +229,9 @@ def test_results_table():
     ]
     assert "*tau* is the mean" in text
     assert "*Speedup* is the ratio" in text
+    assert "Measured with:" not in text
+    assert "Same as plain" not in text
+    assert "Acceptance by depth" not in text
 
 
 def test_columns_that_nobody_fills_are_left_out():
@@ -232,6 +251,13 @@ def test_snippet_pins_both_revisions():
     assert arguments["AutoModel.from_pretrained"] == {"revision": SHA, "trust_remote_code": True}
     for name in ("AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained"):
         assert arguments[name] == {"revision": TARGET_SHA}
+    (custom_generate,) = [block for block in python_blocks(hub_card()) if "custom_generate" in block]
+    assert calls(custom_generate)["target.generate"] == {
+        "custom_generate": "user/head",
+        "revision": SHA,
+        "trust_remote_code": True,
+        "max_new_tokens": 128,
+    }
     assert "import fspad" not in python_block(hub_card())
     assert "`revision` pins the code and the weights that this card describes." in str(hub_card().render())
 
@@ -263,6 +289,10 @@ def test_snippet_runs_in_a_fresh_process(on_hub, tmp_path):
     )
     head = make_head(target)
     head.save_pretrained(tmp_path / "user" / "head")
+    # What a repository has there loads the head by itself.
+    recipe = tmp_path / "user" / "head" / "custom_generate" / "generate.py"
+    recipe.parent.mkdir(exist_ok=True)
+    recipe.write_text(RECIPE)
     where = {"repo_id": "user/head", "revision": SHA} if on_hub else {"path": "user/head"}
     script = python_block(FSPADModelCard(head.config, target=TARGET, **where))
     if on_hub:
@@ -273,7 +303,11 @@ def test_snippet_runs_in_a_fresh_process(on_hub, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) > 100
+    texts = result.stdout.strip().splitlines()
+    assert len(texts) == (3 if on_hub else 2)
+    assert all(len(text.split()) > 100 for text in texts)
+    # Greedy; a pipeline samples.
+    assert len(set(texts[:-1])) == 1
 
 
 @CARDS
@@ -313,7 +347,54 @@ def test_what_must_not_be_in_a_card_is_refused(known, message):
         FSPADModelCard(CONFIG, **known)
 
 
-@pytest.mark.parametrize("values", [{"tau": 0.9}, {"tau": float("nan")}, {"speedup": -1.0}, {"temperature": -0.1}])
-def test_impossible_measurements_are_refused(values):
-    with pytest.raises(ValueError, match=f"expected {next(iter(values))} to be a finite number"):
-        replace(GREEDY, **values)
+def measured_card(**known: object) -> FSPADModelCard:
+    """A card with everything to draw."""
+    measurements = [replace(GREEDY, acceptance_by_depth=[0.75, 0.5], num_plain_prompts=200, num_identical=198), OTHER]
+    evaluations = [Evaluation(100, tau=1.5, speedup=1.1, accuracies=(0.5,)), Evaluation(200, tau=2.0)]
+    training = replace(TRAINING, evaluations=evaluations)
+    return FSPADModelCard(CONFIG, measurements=measurements, training=training, **known)
+
+
+def test_plots_are_beside_the_card(tmp_path):
+    measured_card().save(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"^!\[[^\]]+\]\((.*)\)$", text, re.MULTILINE):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "acceptance_by_depth.png", "training.png"]
+    assert re.findall(r"\((\w+\.png)\)", text) == ["training.png", "acceptance_by_depth.png"]
+
+
+def test_without_matplotlib_the_card_has_no_plots(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fspad.hub_cards.plots", raising=False)
+    measured_card().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ".png" not in text
+    assert "| Held-out prompts | 0 (greedy) | 75.0% | 50.0% |" in text
+    assert "| 200 | 2.00 |  |  |" in text
+
+
+@pytest.mark.parametrize("plots", [(), ("training.png", "acceptance_by_depth.png")])
+def test_a_measured_card_is_tidy_and_explains_its_figures(plots, tmp_path):
+    card = measured_card().render(plots)
+    assert not re.search(r"[ \t]+$|\n\n\n|None|nan", str(card), re.MULTILINE)
+    assert "198 of 200" in card.text
+    for explained in ("tau", "Speedup", "Accuracy", "Same as plain"):
+        assert f"*{explained}* " in card.text
+    assert "no benchmark" in card.text
+    card.save(tmp_path / "README.md")
+    again = ModelCard.load(tmp_path / "README.md")
+    assert again.data.to_dict() == measured_card().data().to_dict()
+
+
+def test_front_matter_passes_the_validation_of_huggingface_hub():
+    card = measured_card(repo_id="user/head", license="mit", language=["en", "de"], tags=["small", "fspad"])
+    metadata = card.data().to_dict()
+    # Unlike loading, this raises for a model index that is not well formed.
+    again = ModelCardData(**metadata, ignore_metadata_errors=False)
+    assert again.eval_results == card.data().eval_results
+    assert again.to_dict() == metadata
+    assert metadata["language"] == ["en", "de"]
+    assert metadata["tags"] == ["speculative-decoding", "draft-model", "fspad", "arxiv:2408.15562", "small"]
+    assert FSPADModelCard(CONFIG, model_name="mine", measurements=[GREEDY]).data().model_name == "mine"

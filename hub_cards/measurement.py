@@ -1,0 +1,276 @@
+"""Measurements of a head: from measured answers to the tables and the model index of a card."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult
+
+from fspad.bench.records import AnswerRecord, records_of
+
+from .text import count, inline, table
+
+if TYPE_CHECKING:
+    from fspad.bench.measuring import Comparison
+
+METRICS = {"tau": "Mean tokens per step of the target", "speedup": "Tokens per second relative to plain generate"}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run over a set of prompts, batch size 1.
+
+    Args:
+        prompts: Name of the set of prompts.
+        temperature: 0 for greedy decoding.
+        tau: Mean tokens per verification step, bonus token included.
+        speedup: Tokens per second by those of plain `generate` in the same run, prefill included.
+        tokens_per_second: Speed with the head.
+        num_prompts: Size of the set.
+        machine: What it ran on.
+        dtype: Dtype of target and head.
+        threads: Threads that torch used.
+        task: Which part of the set the prompts are; `None` for the whole set.
+        acceptance_by_depth: Share of the steps whose draft was accepted to at least depth 1, 2 and so on. As records
+            of answers tell it: of the steps that emitted more than 1, 2 and so on tokens.
+        num_plain_prompts: Prompts that were answered by plain `generate` too, from which the speedup is.
+        num_identical: How many of those got the same tokens both ways.
+
+    Raises:
+        ValueError: If a number cannot come from a measurement.
+    """
+
+    prompts: str
+    temperature: float
+    tau: float
+    speedup: float | None = None
+    tokens_per_second: float | None = None
+    num_prompts: int | None = None
+    machine: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
+    task: str | None = None
+    acceptance_by_depth: Sequence[float] = ()
+    num_plain_prompts: int | None = None
+    num_identical: int | None = None
+
+    def __post_init__(self) -> None:
+        # A step emits the target's own token at least, so that a smaller tau is a mistake in counting.
+        for name, least in {"temperature": 0, "tau": 1, "speedup": 0, "tokens_per_second": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(
+                    f"expected {name} to be a finite number of at least {least}, got {value}: measure again."
+                )
+        # What is accepted to some depth is accepted to every smaller one.
+        if not all(deeper <= share for share, deeper in pairwise([1.0, *self.acceptance_by_depth, 0.0])):
+            raise ValueError(
+                "expected acceptance_by_depth to be shares from 1 to 0 that never grow, got "
+                f"{list(self.acceptance_by_depth)}: count the steps accepted to at least each depth."
+            )
+
+    @classmethod
+    def from_records(cls, records: Sequence[AnswerRecord], **known: Any) -> Measurement:
+        """Put measured answers together.
+
+        Args:
+            records: Answers to prompts of one set at one temperature.
+            **known: What no record tells: `machine`, `dtype`, `threads`; and `task`, by default that of the records if
+                it is the same.
+
+        Returns:
+            The measurement over all of them.
+
+        Raises:
+            ValueError: If there is no record, or they are of several sets or temperatures.
+        """
+        runs = {(record.prompts, record.temperature) for record in records}
+        if len(runs) != 1:
+            raise ValueError(f"expected answers to one set of prompts at one temperature, got {sorted(runs)}")
+        ((prompts, temperature),) = runs
+        tasks = {record.task for record in records}
+        lengths = [length for record in records for length in record.accept_lengths]
+        deepest = max(lengths, default=1) - 1
+        both = [record for record in records if record.plain_seconds is not None]
+        judged = [record.is_identical for record in records if record.is_identical is not None]
+        values = {
+            "tau": sum(lengths) / len(lengths) if lengths else 1.0,
+            "speedup": _speed(both) / _speed(both, "plain_") if both else None,
+            "tokens_per_second": _speed(records),
+            "num_prompts": len(records),
+            "task": tasks.pop() if len(tasks) == 1 else None,
+            "acceptance_by_depth": [
+                sum(length > depth for length in lengths) / len(lengths) for depth in range(1, deepest + 1)
+            ],
+            "num_plain_prompts": len(both) or None,
+            "num_identical": sum(judged) if both and len(judged) == len(both) else None,
+        }
+        return cls(prompts, temperature, **{**values, **known})
+
+    @classmethod
+    def from_comparison(cls, comparison: Comparison, prompts: str, temperature: float, **known: Any) -> Measurement:
+        """Put the answers of a comparison together.
+
+        Args:
+            comparison: Answers of [`fspad.bench.measuring.compare`], `total` of which is one comparison.
+            prompts: Name of the set of prompts.
+            temperature: 0 for greedy decoding.
+            **known: `machine` (`fspad.bench.machine.describe_machine` tells it), `dtype`, `threads` and `task`.
+
+        Returns:
+            The measurement.
+        """
+        return cls.from_records(records_of(comparison, prompts, temperature), **known)
+
+    @property
+    def run(self) -> str:
+        """What was measured, in a few words."""
+        name = self.prompts if self.task is None else f"{self.prompts}: {self.task}"
+        return f"{name}, {f'temperature {self.temperature:g}' if self.temperature else 'greedy'}"
+
+    def eval_results(self) -> list[EvalResult]:
+        """The entries of the model index: tau, and the speedup if it is known."""
+        names = ("num_prompts", "dtype", "threads", "machine")
+        known = [f"{name}={inline(value)}" for name in names if (value := getattr(self, name)) is not None]
+        values = {name: value for name in METRICS if (value := getattr(self, name)) is not None}
+        name = self.prompts if self.task is None else f"{self.prompts}: {self.task}"
+        # The speedup may be that of fewer prompts than tau.
+        is_partial = self.num_plain_prompts not in (None, self.num_prompts)
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=re.sub(r"\W+", "-", name.lower()).strip("-") or "prompts",
+                dataset_name=inline(name),
+                # huggingface_hub puts results together that differ in nothing but name, arguments and metric.
+                dataset_config=", ".join([f"temperature={self.temperature:g}", *known]),
+                metric_type=metric,
+                metric_name=METRICS[metric],
+                metric_value=round(float(value), 2),
+                metric_args={"num_prompts": self.num_plain_prompts} if is_partial and metric == "speedup" else None,
+            )
+            for metric, value in values.items()
+        ]
+
+
+def summarize(records: Sequence[AnswerRecord], **known: Any) -> list[Measurement]:
+    """Measurements of every set of prompts at every temperature, and of every task in it if there are several.
+
+    Args:
+        records: Measured answers.
+        **known: What no record tells: `machine`, `dtype`, `threads`.
+
+    Returns:
+        Whole sets in the order of their first answers, each before its tasks.
+    """
+    runs: dict[tuple[str, float], dict[str | None, list[AnswerRecord]]] = {}
+    for record in records:
+        tasks = runs.setdefault((record.prompts, record.temperature), {})
+        tasks.setdefault(record.task, []).append(record)
+    measurements = []
+    for tasks in runs.values():
+        whole = [record for part in tasks.values() for record in part]
+        measurements.append(Measurement.from_records(whole, **known))
+        if len(tasks) > 1:
+            measurements += [
+                Measurement.from_records(part, **known) for task, part in tasks.items() if task is not None
+            ]
+    return measurements
+
+
+def _speed(records: Sequence[AnswerRecord], which: str = "") -> float:
+    """Tokens per second, with the head or (`plain_`) without."""
+    tokens, seconds = (sum(getattr(record, which + name) for record in records) for name in ("num_tokens", "seconds"))
+    return tokens / seconds
+
+
+def _temperature(measurement: Measurement) -> str:
+    return f"{measurement.temperature:g}" if measurement.temperature else "0 (greedy)"
+
+
+def _speedup(measurement: Measurement) -> str | None:
+    if measurement.speedup is None:
+        return None
+    number = measurement.num_plain_prompts
+    note = f" ({count(number)} prompts)" if number not in (None, measurement.num_prompts) else ""
+    return f"{measurement.speedup:.2f}x{note}"
+
+
+def _identical(measurement: Measurement) -> str | None:
+    if measurement.num_identical is None or measurement.num_plain_prompts is None:
+        return None
+    return f"{count(measurement.num_identical)} of {count(measurement.num_plain_prompts)}"
+
+
+_RUN: dict[str, Callable[[Measurement], str | None]] = {
+    "Prompts": lambda m: m.prompts,
+    "Task": lambda m: m.task,
+}
+_RESULTS = {
+    **_RUN,
+    "Number": lambda m: count(m.num_prompts),
+    "Temperature": _temperature,
+    "tau": lambda m: f"{m.tau:.2f}",
+    "Speedup": _speedup,
+    "Tokens/s": lambda m: None if m.tokens_per_second is None else f"{m.tokens_per_second:.1f}",
+    "Same as plain": _identical,
+}
+_SETUP: dict[str, Callable[[Measurement], str | None]] = {
+    "Machine": lambda m: m.machine,
+    "Dtype": lambda m: m.dtype,
+    "Threads": lambda m: count(m.threads),
+}
+
+
+def results_table(measurements: Sequence[Measurement]) -> list[str]:
+    """The lines of the table of results; machine, dtype and threads are columns only where they differ.
+
+    Args:
+        measurements: One row each.
+
+    Returns:
+        Lines of Markdown.
+    """
+    shared = _shared_setup(measurements)
+    columns = {**_RESULTS, **{name: text for name, text in _SETUP.items() if name not in shared}}
+    return table({name: [text(measurement) for measurement in measurements] for name, text in columns.items()})
+
+
+def shared_setup(measurements: Sequence[Measurement]) -> str | None:
+    """One line on what is the same for all rows of the table of results.
+
+    Args:
+        measurements: The rows.
+
+    Returns:
+        Machine, dtype and threads, or `None` if the rows have nothing of it in common.
+    """
+    shared = _shared_setup(measurements)
+    return "; ".join(f"{name.lower()} {inline(text)}" for name, text in shared.items()) or None
+
+
+def _shared_setup(measurements: Sequence[Measurement]) -> dict[str, str]:
+    texts = {name: {text(measurement) for measurement in measurements} for name, text in _SETUP.items()}
+    return {name: values.pop() for name, values in texts.items() if len(values) == 1 and None not in values}
+
+
+def acceptance_table(measurements: Sequence[Measurement]) -> list[str]:
+    """The lines of the table of acceptance by depth.
+
+    Args:
+        measurements: One row for each that tells it.
+
+    Returns:
+        Lines of Markdown.
+    """
+    measurements = [measurement for measurement in measurements if measurement.acceptance_by_depth]
+    columns = {name: [text(measurement) for measurement in measurements] for name, text in _RUN.items()}
+    columns["Temperature"] = [_temperature(measurement) for measurement in measurements]
+    for depth in range(max((len(measurement.acceptance_by_depth) for measurement in measurements), default=0)):
+        shares = [measurement.acceptance_by_depth[depth : depth + 1] for measurement in measurements]
+        columns[f"{depth + 1}"] = [f"{share[0]:.1%}" if share else None for share in shares]
+    return table(columns)
