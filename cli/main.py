@@ -33,7 +33,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (FetchError, ImportError, OSError, ValueError) as error:
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        message = "\n".join([f"Error: {error}", *getattr(error, "__notes__", ())])
+        typer.secho(message, fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
 
 

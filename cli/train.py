@@ -159,9 +159,10 @@ def run_training(trainer: FSPADTrainer) -> None:
     """
     training = trainer.args
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
     if training.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # saves first
+    else:
+        trainer.save_model()
 
 
 def check_streaming(options: HeadArguments, training: FSPADTrainingArguments) -> None:

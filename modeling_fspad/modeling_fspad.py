@@ -13,8 +13,10 @@ of the next draft step. Embedding and LM head are the target's own and never par
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +38,13 @@ from .checkpoint import (
     check_weights,
 )
 from .configuration_fspad import FSPADConfig
+from .custom_generation import save_custom_generate
 from .generation_fspad import AssistedDecodingMixin
 from .hook import install_hook
 from .target import check_target, device_of
+
+# What `save_pretrained` takes for `push_to_hub` and has no use for itself
+HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 @dataclass
@@ -305,13 +311,16 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
             )
         return available[:size]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save config, weights (safetensors) and the code files that `trust_remote_code=True` loads.
 
         Args:
             save_directory: Folder to write to.
+            push_to_hub: Whether to call [`~FSPADModel.push_to_hub`] afterwards. Its arguments go into `kwargs`, and its
+                `repo_id` is by default the name of the folder.
             **kwargs: As in [`~transformers.PreTrainedModel.save_pretrained`].
         """
+        hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
         # As many draft tokens as the config says, which may have been lowered since the head was made
         state_dict.pop("draft_vocab_ids", None)
@@ -324,6 +333,30 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             self.__class__ = own_class
+        if not kwargs.get("is_main_process", True):
+            return
+        save_custom_generate(save_directory)
+        if push_to_hub:
+            repo_id = hub_options.pop("repo_id", None) or Path(save_directory).resolve().name
+            hub_options |= {name: kwargs[name] for name in ("max_shard_size", "token") if name in kwargs}
+            self.push_to_hub(repo_id, **hub_options)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload config, weights, code files and `custom_generate/generate.py`.
+
+        The installed package adds a model card, see [`~fspad.hub_cards.push_head`]. A head whose code came with it has
+        no package to ask, and is pushed as any model of transformers is.
+
+        Args:
+            repo_id: Repository on the Hub, which is created if need be.
+            **kwargs: As in [`~transformers.PreTrainedModel.push_to_hub`], e.g. `private`, `revision`, `create_pr`.
+
+        Returns:
+            The commit, as a URL with the fields of [`~huggingface_hub.CommitInfo`].
+        """
+        if importlib.util.find_spec(".hub_cards", __package__) is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        return importlib.import_module(".hub_cards", __package__).push_head(self, repo_id, **kwargs)
 
 
 # At module level: a head that came by remote code must be savable with its code, and its import be all `generate` needs.

@@ -48,9 +48,11 @@ def run(folder: Path, script: str) -> str:
 
 
 def test_a_saved_head_is_config_weights_and_flat_code_files(saved):
-    files = {path.name for path in (saved / "head1").iterdir()}
+    files = {path.relative_to(saved / "head1").as_posix() for path in (saved / "head1").rglob("*") if path.is_file()}
     assert {"config.json", "model.safetensors", "modeling_fspad.py", "configuration_fspad.py", "hook.py"} <= files
-    assert all(path.is_file() for path in (saved / "head1").iterdir())
+    assert {name for name in files if "/" in name} == {"custom_generate/generate.py"}, (
+        "transformers looks for it there"
+    )
     assert not any("token" in name or "generation_config" in name for name in files), "those are the target's"
     config = json.loads((saved / "head1" / "config.json").read_text())
     assert config["auto_map"] == {
@@ -63,7 +65,7 @@ def test_code_files_import_torch_and_transformers_only(saved):
     from transformers.dynamic_module_utils import get_imports
 
     third_party = set()
-    for path in (saved / "head1").glob("*.py"):
+    for path in (saved / "head1").rglob("*.py"):
         third_party |= {name for name in get_imports(path) if name not in sys.stdlib_module_names}
     assert third_party == {"torch", "transformers"}
 
@@ -89,8 +91,8 @@ assert torch.equal(target.generate(prompt, assistant_model=head, **options).sequ
 assert AutoConfig.from_pretrained("head1", trust_remote_code=True).model_type == "fspad"
 """
     assert run(saved, script).strip() == "tau True"
-    code = {path.name for path in (saved / "head1").glob("*.py")}
-    assert {path.name for path in (saved / "again").glob("*.py")} == code
+    code = {path.relative_to(saved / "head1") for path in (saved / "head1").rglob("*.py")}
+    assert {path.relative_to(saved / "again") for path in (saved / "again").rglob("*.py")} == code
 
 
 def test_without_trust_the_code_is_not_run(saved):

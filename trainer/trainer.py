@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME, logging
 
-from fspad.hub_cards import FSPADModelCard
 from fspad.provenance import check_vocabulary, note_default_revision, record_target
 from fspad.target import LMHead, check_target, embed_tokens
 
@@ -20,6 +19,7 @@ from .decoding import Prompt, decode_prompts, find_prompts, first_prompts
 from .distributed import check_fsdp, check_streams
 from .features import check_finite, compute_features
 from .loss import AlignedBatch, align, counted_rows, dialogue_lengths, feature_loss, logits_loss
+from .pushing import PushingMixin
 from .training_arguments import FSPADTrainingArguments
 from .unrolling import step_masks, unroll
 
@@ -101,7 +101,7 @@ def check_adapter(peft_config: PeftConfig) -> None:
         )
 
 
-class FSPADTrainer(Trainer):
+class FSPADTrainer(PushingMixin, Trainer):
     """Trainer of an FSPAD head. The target runs beside it, is never changed, and never saved.
 
     Checkpoints, resuming, mixed precision, distribution and progress are those of [`~transformers.Trainer`]. The log
@@ -393,16 +393,6 @@ class FSPADTrainer(Trainer):
             logs.update(self._averages(self._train_sums))
             self._train_sums.zero_()
         super().log(logs, start_time)
-
-    def create_model_card(self, **facts: Any) -> None:
-        """Write the head's card into the output folder, with plots if there is matplotlib; an adapter keeps PEFT's.
-
-        Args:
-            **facts: What the trainer does not know, as in [`~fspad.hub_cards.FSPADModelCard.from_trainer`], e.g.
-                `license`, `dataset` or `measurements`.
-        """
-        if self.is_world_process_zero() and not hasattr(self.model, "active_peft_config"):
-            FSPADModelCard.from_trainer(self, **facts).save(self.args.output_dir)
 
     def _zero_sums(self, num_steps: int) -> torch.Tensor:
         return torch.zeros(num_steps, _NUM_COLUMNS, device=self.args.device)

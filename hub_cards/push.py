@@ -1,0 +1,199 @@
+"""Pushes a head to the Hub in two commits: first its files, then the card, whose snippets pin the first commit."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import logging
+
+import fspad
+from fspad import FSPADConfig
+
+from .model_card import FSPADModelCard
+
+if TYPE_CHECKING:
+    from fspad import FSPADModel
+
+logger = logging.get_logger(__name__)
+
+# What a repository of a head holds. All else stays at home, above all tokenizers, which are the target's, and pickles,
+# which nobody should have to load to see how a head was trained.
+HEAD_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "*.png",
+    "*.svg",
+    "adapter_config.json",
+    "training_args.json",
+)
+# The patterns above match in sub-folders too.
+NOT_HEAD_FILES = ("_*", "*/_*", "checkpoint-*", "last-checkpoint/*", "runs/*")
+
+# Seconds between attempts. Uploads of single files are tried again by huggingface_hub itself.
+WAITS = (1, 2, 4)
+TRANSIENT_STATUS_CODES = (408, 429, 500, 502, 503, 504)
+# Base class of all errors of the HTTP client, which is not the same library in all releases of huggingface_hub
+HTTPError = HfHubHTTPError.__bases__[0]
+
+
+def push_head(
+    head: FSPADModel,
+    repo_id: str,
+    *,
+    card: FSPADModelCard | None = None,
+    max_shard_size: int | str = "50GB",
+    tags: str | Sequence[str] | None = None,
+    **options: Any,
+) -> CommitInfo:
+    """Push a head with its code and its card. This is what `head.push_to_hub` calls.
+
+    Args:
+        head: The head.
+        repo_id: Repository on the Hub, which is created if need be.
+        card: The card; by default one with what the head's configuration tells. Its `repo_id` and `revision` are set.
+        max_shard_size: As in [`~transformers.PreTrainedModel.save_pretrained`].
+        tags: Further tags of the card.
+        **options: As in [`push_folder`].
+
+    Returns:
+        The commit of the files, which the card pins.
+
+    Raises:
+        Exception: As in [`push_folder`]. The head stays in a temporary folder then.
+    """
+    tags = [tags] if isinstance(tags, str) else tags or ()
+    card = FSPADModelCard(head.config) if card is None else card
+    card = replace(card, tags=list(dict.fromkeys([*card.tags, *(head.model_tags or ()), *tags])))
+    folder = Path(tempfile.mkdtemp(prefix="fspad-head-"))
+    head.save_pretrained(folder, max_shard_size=max_shard_size)
+    commit = push_folder(folder, repo_id, card=card, **options)
+    shutil.rmtree(folder)
+    return commit
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    card: FSPADModelCard | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Push the folder of a saved head: first its files, then the card that pins them.
+
+    Connections that fail are tried again a few times. After a failure for good the folder is complete, and the error
+    tells how to go on; what has arrived is not sent again.
+
+    Args:
+        folder: The folder. Only what belongs to a head is pushed: no tokenizer, no checkpoints, no pickles.
+        repo_id: Repository on the Hub, which is created if need be.
+        card: The card, written to `README.md` with the repository and the commit of the files. By default the folder's
+            own, which is pushed as it is, or if it has none, one with what the head's configuration tells.
+        commit_message: Summary of the commit of the files; by default "Upload FSPAD head".
+        commit_description: Description of the commit of the files.
+        private: Whether a new repository is private; by default what the account prefers.
+        token: Token of the Hub; by default the one of `hf auth login`.
+        revision: Branch to push to, which is created if need be; by default the main one.
+        create_pr: Whether to open a pull request with both commits instead.
+
+    Returns:
+        The commit of the files, which the card pins.
+
+    Raises:
+        FileNotFoundError: If the folder has no `config.json`.
+        ValueError: If both `create_pr` and `revision` are given.
+        Exception: What huggingface_hub raises when it gives up, with a note how to go on.
+    """
+    folder = Path(folder)
+    commit_message = commit_message or "Upload FSPAD head"
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"expected a saved head, got a folder without config.json: {folder}")
+    if create_pr and revision is not None:
+        raise ValueError(f"expected create_pr or a revision to push to, got both: drop revision={revision!r}.")
+    if card is None and not (folder / "README.md").is_file():
+        card = FSPADModelCard(FSPADConfig.from_pretrained(folder))
+    if card is not None:
+        card = replace(card, repo_id=repo_id, revision=None, path=None)
+        card.save(folder)
+    api = HfApi(library_name="fspad", library_version=fspad.__version__)
+    common = {"token": token}
+    try:
+        repo_id = _with_retries(api.create_repo, repo_id, private=private, exist_ok=True, **common).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            _with_retries(api.create_branch, repo_id, branch=revision, exist_ok=True, **common)
+        files = _with_retries(
+            api.upload_folder,
+            may_repeat=not create_pr,
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=list(HEAD_FILES),
+            ignore_patterns=["README.md", *NOT_HEAD_FILES],
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            **common,
+        )
+        if files.pr_revision is not None:
+            revision, create_pr = files.pr_revision, False
+        if card is not None:
+            replace(card, repo_id=repo_id, revision=files.oid).save(folder)
+        _with_retries(
+            api.upload_file,
+            may_repeat=not create_pr,
+            repo_id=repo_id,
+            path_or_fileobj=folder / "README.md",
+            path_in_repo="README.md",
+            commit_message=f"{commit_message}: model card",
+            revision=revision,
+            create_pr=create_pr,
+            **common,
+        )
+    except Exception as error:
+        error.add_note(_how_to_go_on(folder, repo_id, private=private, revision=revision, create_pr=create_pr))
+        raise
+    return files
+
+
+def _with_retries(call: Callable[..., Any], *args: Any, may_repeat: bool = True, **kwargs: Any) -> Any:
+    """Call the Hub, and again after some waits while it fails in a way that may pass.
+
+    Not everything may be repeated: if only the answer got lost, a second pull request would be opened. A second commit
+    is harmless, since huggingface_hub leaves out what has arrived.
+    """
+    for wait in WAITS if may_repeat else ():
+        try:
+            return call(*args, **kwargs)
+        except HTTPError as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT_STATUS_CODES:
+                raise
+            logger.warning(f"The Hub failed ({error!r}); trying again in {wait} s.")
+            time.sleep(wait)
+    return call(*args, **kwargs)
+
+
+def _how_to_go_on(folder: Path, repo_id: str, **options: Any) -> str:
+    arguments = [repr(str(folder.resolve())), repr(repo_id)]
+    arguments += [f"{name}={value!r}" for name, value in options.items() if value]
+    return (
+        f"The head was not pushed, or not all of it, but is complete in {folder.resolve()}. Push again, which sends only "
+        "what is missing, or in another process: "
+        f"`from fspad.hub_cards import push_folder; push_folder({', '.join(arguments)})`."
+    )

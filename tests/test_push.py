@@ -1,0 +1,394 @@
+"""Pushing heads to a stand-in of the Hub, and what strangers can do with them."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import peft
+import pytest
+import transformers
+from conftest import make_head, make_target
+from hub_server import TOKEN, Fault, HubServer
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from test_data import make_tokenizer
+from test_trainer import make_trainer
+
+import fspad
+from fspad.cli.train import run_training
+from fspad.hub_cards import FSPADModelCard, Measurement, push, push_folder, push_head
+
+HEAD = "user/head"
+CODE = {path.name for path in Path(fspad.modeling_fspad.__file__).parent.glob("*.py")} - {"__init__.py"}
+SAVED = {"config.json", "model.safetensors", "custom_generate/generate.py", *CODE}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in of the Hub that this process uses too."""
+    with HubServer() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setattr(push, "WAITS", (0, 0, 0))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def commits(hub, ref="main", repo=HEAD):
+    """The commits of a branch without the first one, which is empty."""
+    return hub.repositories[repo].refs[ref][1:]
+
+
+def pinned(commit) -> str | None:
+    """The revision of the head in the snippet of a card."""
+    (block,) = re.findall(r"```python\n(.*?)```", commit.files["README.md"].decode(), re.DOTALL)
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "AutoModel.from_pretrained"
+    ]
+    assert ast.literal_eval(call.args[0]) == HEAD
+    return next((keyword.value.value for keyword in call.keywords if keyword.arg == "revision"), None)
+
+
+def check_two_commits(files, card, names=SAVED):
+    assert set(files.files) == names
+    assert set(card.files) == {*names, "README.md"}
+    assert pinned(card) == files.oid
+    assert files.lfs == card.lfs == {"model.safetensors"}
+
+
+def test_head_is_pushed_in_two_commits(hub):
+    info = make_head(make_target()).push_to_hub(HEAD, tags=["mine"])
+    check_two_commits(*commits(hub))
+    assert info.oid == commits(hub)[0].oid
+    assert [commit.message for commit in commits(hub)] == ["Upload FSPAD head", "Upload FSPAD head: model card"]
+    assert "mine" in ModelCard(commits(hub)[1].files["README.md"].decode()).data.tags
+
+
+def test_names_without_a_user_are_completed(hub):
+    make_head(make_target()).push_to_hub("head", commit_message="First")
+    check_two_commits(*commits(hub))
+    assert commits(hub)[0].message == "First"
+
+
+def test_pushing_again_sends_what_changed(hub):
+    target = make_target()
+    make_head(target).push_to_hub(HEAD)
+    hub.requests.clear()
+    make_head(target, seed=1).push_to_hub(HEAD)
+    *_, files, card = commits(hub)
+    check_two_commits(files, card, {*SAVED, "README.md"})
+    assert sum(request.startswith("PUT /lfs/") for request in hub.requests) == 1
+
+
+def test_a_card_of_ones_own(hub):
+    head = make_head(make_target())
+    card = FSPADModelCard(head.config, path="somewhere", measurements=[Measurement("Prompts", 0, 2.5)], license="mit")
+    push_head(head, HEAD, card=card)
+    check_two_commits(*commits(hub))
+    text = commits(hub)[1].files["README.md"].decode()
+    assert "license: mit" in text
+    assert "2.50" in text
+
+
+def test_saving_can_push(hub, tmp_path):
+    make_head(make_target()).save_pretrained(tmp_path / "head", push_to_hub=True, commit_message="Saved", private=True)
+    check_two_commits(*commits(hub))
+    assert commits(hub)[0].message == "Saved"
+    assert hub.repositories[HEAD].is_private
+    assert (tmp_path / "head" / "custom_generate" / "generate.py").is_file()
+
+
+def test_private_repositories_need_a_token(hub, monkeypatch):
+    make_head(make_target()).push_to_hub(HEAD, private=True)
+    assert HfApi().model_info(HEAD).private
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi().model_info(HEAD, token=False)
+    monkeypatch.delenv("HF_TOKEN")
+    make_head(make_target(), seed=1).push_to_hub(HEAD, token=TOKEN)
+    assert len(commits(hub)) == 4
+
+
+def test_branch(hub):
+    make_head(make_target()).push_to_hub(HEAD, revision="v2")
+    check_two_commits(*commits(hub, "v2"))
+    assert commits(hub) == []
+
+
+def test_pull_request_has_both_commits(hub):
+    info = make_head(make_target()).push_to_hub(HEAD, create_pr=True)
+    check_two_commits(*commits(hub, "refs/pr/1"))
+    assert info.pr_url == f"{hub.endpoint}/{HEAD}/discussions/1"
+    assert set(hub.repositories[HEAD].refs) == {"main", "refs/pr/1"}
+    assert commits(hub) == []
+    with pytest.raises(ValueError, match="drop revision='v2'"):
+        make_head(make_target()).push_to_hub(HEAD, create_pr=True, revision="v2")
+
+
+def test_folders_are_pushed_with_their_own_card_or_a_new_one(hub, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"without config\.json"):
+        push_folder(tmp_path, HEAD)
+    make_head(make_target()).save_pretrained(tmp_path)
+    push_folder(tmp_path, HEAD)
+    check_two_commits(*commits(hub))
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    push_folder(tmp_path, HEAD)
+    assert commits(hub)[-1].files["README.md"].endswith(b"Mine.\n")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("/api/repos/create", times=2),
+        Fault("/api/repos/create", times=1, status=None, is_late=True),
+        Fault("/commit/", times=3, status=500),
+        Fault("/commit/", times=1, status=None),
+        Fault("/commit/", times=1, status=None, is_late=True),
+        Fault("/validate-yaml", times=1, status=502),
+    ],
+    ids=str,
+)
+def test_failures_that_pass(hub, fault):
+    hub.faults.append(fault)
+    make_head(make_target()).push_to_hub(HEAD)
+    assert fault.times == 0
+    check_two_commits(*commits(hub))
+
+
+@pytest.mark.parametrize(
+    ("fault", "num_requests"),
+    [
+        (Fault("/api/repos/create", times=99, status=403), 1),
+        (Fault("/commit/", times=99, status=None), 4),
+        (Fault("/commit/", times=99, status=403), 1),
+        (Fault("/commit/", times=99, status=504), 4),
+        (Fault("PUT /lfs/", times=99, status=400), 1),
+    ],
+    ids=str,
+)
+def test_after_failures_for_good_one_can_go_on(hub, fault, num_requests):
+    """The call in the message finishes the push, and sends no file twice."""
+    hub.faults.append(fault)
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # of the HTTP client, or of huggingface_hub
+        make_head(make_target()).push_to_hub(HEAD, private=True)
+    assert 99 - fault.times == num_requests
+    (note,) = caught.value.__notes__
+    folder, call = re.fullmatch(r"The head .* is complete in (\S+)\. Push again.*`(.*)`\.", note).groups()
+    names = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+    assert names == {*SAVED, "README.md"}
+    assert "private=True" in call
+    hub.faults.clear()
+    exec(call)
+    assert set(commits(hub)[-1].files) == names
+    assert hub.repositories[HEAD].is_private
+    assert len([request for request in hub.requests if request.startswith("PUT")]) - (fault.pattern[0] == "P") == 1
+
+
+def test_a_card_that_failed_is_pinned_by_the_call_in_the_message(hub):
+    fault = Fault("/validate-yaml", times=4)
+    hub.faults.append(fault)
+    with pytest.raises(HfHubHTTPError) as caught:
+        make_head(make_target()).push_to_hub(HEAD)
+    assert len(commits(hub)) == 1
+    exec(re.search(r"`(from .*)`", caught.value.__notes__[0])[1])
+    check_two_commits(*commits(hub))
+
+
+def test_no_second_pull_request_after_a_lost_answer(hub):
+    hub.faults.append(Fault("/commit/", times=1, status=None, is_late=True))
+    with pytest.raises(Exception, match="disconnected") as caught:
+        make_head(make_target()).push_to_hub(HEAD, create_pr=True)
+    assert "create_pr=True" in caught.value.__notes__[0]
+    assert set(hub.repositories[HEAD].refs) == {"main", "refs/pr/1"}
+
+
+def pushing_trainer(folder, **arguments):
+    trainer = make_trainer(folder / "head", processing_class=make_tokenizer(), hub_model_id=HEAD, **arguments)
+    # Whatever brings a tokenizer into the folder, it belongs to the target
+    trainer.processing_class = make_tokenizer()
+    (folder / "head").mkdir(exist_ok=True)
+    (folder / "head" / "events.out").write_text("mine")
+    return trainer
+
+
+def check_no_tokenizer_and_no_pickle(files):
+    assert not [name for name in files if re.search(r"token|vocab|chat_template|\.bin|\.pt", name)]
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_trainer_pushes_what_a_head_is(hub, tmp_path, blocking):
+    trainer = pushing_trainer(tmp_path)
+    trainer.train()
+    info = trainer.push_to_hub(blocking=blocking, license="mit", commit_message="Done")
+    info = info if blocking else info.result()
+    check_two_commits(*commits(hub), {*SAVED, "training_args.json"})
+    check_no_tokenizer_and_no_pickle(commits(hub)[-1].files)
+    assert info.oid == commits(hub)[0].oid
+    assert (tmp_path / "head" / "tokenizer.json").is_file(), "or the test shows nothing"
+    assert "license: mit" in commits(hub)[1].files["README.md"].decode()
+    assert commits(hub)[0].message == "Done"
+
+
+def test_training_arguments_can_be_read_and_tell_nothing_of_the_machine(hub, tmp_path):
+    trainer = pushing_trainer(tmp_path, hub_token=TOKEN)
+    trainer.push_to_hub()
+    text = commits(hub)[0].files["training_args.json"].decode()
+    arguments = json.loads(text)
+    assert arguments["learning_rate"] == 1e-3
+    assert arguments["num_draft_steps"] == 1
+    assert str(tmp_path) not in text
+    assert "hub" not in text.lower()
+    assert not (tmp_path / "head" / "training_args.bin").exists()
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_pushes_while_training(hub, tmp_path, strategy):
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer = pushing_trainer(
+        tmp_path, push_to_hub=True, hub_strategy=strategy, hub_token=TOKEN, hub_always_push=True, **saving
+    )
+    trainer.train()
+    names = {*SAVED, "training_args.json"}
+    folders = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}.get(
+        strategy, set()
+    )
+    for commit in commits(hub):
+        at_top = {
+            name for name in commit.files if not name.split("/")[0].split("-")[0].endswith(("checkpoint", "last"))
+        }
+        assert at_top == names
+        check_no_tokenizer_and_no_pickle(at_top)
+        assert not any("training_args.bin" in name for name in commit.files)
+    assert len(commits(hub)) == {"end": 0, "every_save": 2}.get(strategy, 4)
+    if folders:
+        assert {name.split("/")[0] for name in commits(hub)[-1].files} > folders
+    trainer.push_to_hub()
+    *_, files, card = commits(hub)
+    assert pinned(card) == files.oid
+
+
+def test_the_command_pushes_once(hub, tmp_path):
+    run_training(pushing_trainer(tmp_path, push_to_hub=True, hub_token=TOKEN, hub_private_repo=True))
+    check_two_commits(*commits(hub), {*SAVED, "training_args.json"})
+    assert hub.repositories[HEAD].is_private
+
+
+def test_saving_pushes_if_asked_for(hub, tmp_path):
+    trainer = pushing_trainer(tmp_path, push_to_hub=True, hub_token=TOKEN, hub_revision="dev")
+    HfApi().create_branch(HEAD, branch="dev")
+    trainer.save_model()
+    check_two_commits(*commits(hub, "dev"), {*SAVED, "training_args.json"})
+    assert commits(hub, "dev")[0].message == "Model save"
+
+
+def test_trainer_after_a_failure_for_good(hub, tmp_path):
+    trainer = pushing_trainer(tmp_path)
+    hub.faults.append(Fault("/commit/", times=1, status=403))
+    with pytest.raises(HfHubHTTPError) as caught:
+        trainer.push_to_hub(revision="v1")
+    assert str(tmp_path / "head") in caught.value.__notes__[0]
+    assert "revision='v1'" in caught.value.__notes__[0]
+    assert all((tmp_path / "head" / name).is_file() for name in {*SAVED, "README.md", "training_args.json"})
+    trainer.push_to_hub(revision="v1")
+    check_two_commits(*commits(hub, "v1"), {*SAVED, "training_args.json"})
+
+
+def test_adapters_are_pushed_with_the_card_of_peft(hub, tmp_path):
+    target = make_target()
+    peft_config = peft.LoraConfig(r=4, target_modules="all-linear")
+    trainer = make_trainer(
+        tmp_path, target, head=peft.get_peft_model(make_head(target), peft_config), hub_model_id=HEAD
+    )
+    trainer.push_to_hub()
+    names = {"adapter_config.json", "adapter_model.safetensors", "training_args.json", "README.md"}
+    assert set(commits(hub)[-1].files) == names
+    assert ModelCard(commits(hub)[-1].files["README.md"].decode()).data.library_name == "peft"
+
+
+STRANGER = """
+import os, sys
+sys.modules["fspad"] = None  # as if the package were not installed
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+tokenizer = AutoTokenizer.from_pretrained("target")
+target = AutoModelForCausalLM.from_pretrained("target")
+inputs = tokenizer("w1 w2 w3", return_tensors="pt")
+options = {"max_new_tokens": 20, "do_sample": False}
+plain = target.generate(**inputs, **options)
+files, token = sys.argv[1:]
+
+def is_faster(output):
+    assert torch.equal(output.sequences, plain)
+    return output.accept_lengths.float().mean() > 1
+
+# One: a loaded head, at the revision that the card pins
+head = AutoModel.from_pretrained("user/head", revision=files, trust_remote_code=True)
+assert files in type(head).__module__
+assert is_faster(target.generate(**inputs, assistant_model=head, return_dict_in_generate=True, **options))
+
+# Two: no head at all
+by_id = {"custom_generate": "user/head", "trust_remote_code": True, "return_dict_in_generate": True, **options}
+assert is_faster(target.generate(**inputs, revision=files, **by_id))
+name = f"transformers_modules.user.head.{files}.custom_generate.generate"
+(kept,) = sys.modules[name]._kept.values()
+assert files in type(kept).__module__
+assert is_faster(target.generate(**inputs, **by_id))
+assert len([name for name in sys.modules if name.endswith("custom_generate.generate")]) == 2, "another commit"
+
+# Three: a pipeline
+text_generation = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=head)
+(result,) = text_generation("w1 w2 w3", return_tensors=True, **options)
+assert result["generated_token_ids"] == plain[0].tolist()
+
+# A private repository
+for arguments in ({"token": False}, {"token": token}):
+    try:
+        output = target.generate(**inputs, **{**by_id, "custom_generate": "user/private"}, **arguments)
+        print("private", is_faster(output).item())
+    except OSError as error:
+        print("refused:", "private" in str(error))
+
+# Heads that came with their code can be pushed on
+head.push_to_hub("user/again", token=token)
+again = AutoModel.from_pretrained("user/again", trust_remote_code=True)
+assert is_faster(target.generate(**inputs, assistant_model=again, return_dict_in_generate=True, **options))
+"""
+
+
+def test_strangers_use_heads_in_three_ways(hub, tmp_path):
+    """`STRANGER_PYTHON` may name the Python of an environment with torch and transformers alone, as `.ci/run` has it."""
+    target = make_target()
+    target.save_pretrained(tmp_path / "target")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=word_tokenizer(), unk_token="<unk>", model_input_names=["input_ids", "attention_mask"]
+    )
+    tokenizer.save_pretrained(tmp_path / "target")
+    make_head(target, seed=1).push_to_hub(HEAD)
+    make_head(target, seed=2).push_to_hub("user/private", private=True)
+    environment = {**os.environ, **hub.environment(tmp_path / "cache", token=None)}
+    del environment["HF_TOKEN"]
+    result = subprocess.run(
+        [os.environ.get("STRANGER_PYTHON", sys.executable), "-c", STRANGER, commits(hub)[0].oid, TOKEN],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["refused: True", "private True"]
+    assert set(commits(hub, repo="user/again")[-1].files) == {*SAVED, "README.md"}
+
+
+def word_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **{f"w{i}": i for i in range(1, 97)}}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer

@@ -1,0 +1,174 @@
+"""What of a training goes to the Hub, and how: heads with their cards, and neither tokenizers nor pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.utils import filter_repo_objects
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils.hub import PushInProgress, hf_api
+
+from fspad.hub_cards import FSPADModelCard, push_folder
+from fspad.hub_cards.push import HEAD_FILES, NOT_HEAD_FILES
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from huggingface_hub import CommitInfo
+
+    from .training_arguments import FSPADTrainingArguments
+
+ARGUMENTS_NAME = "training_args.json"
+
+
+def readable_arguments(args: FSPADTrainingArguments) -> dict[str, Any]:
+    """The training arguments without those that tell of a machine or an account.
+
+    Args:
+        args: The arguments.
+
+    Returns:
+        Names and values that JSON can hold.
+    """
+    return {
+        name: value
+        for name, value in args.to_dict().items()
+        if not name.startswith(("hub_", "push_to_hub")) and not (isinstance(value, str) and os.path.isabs(value))
+    }
+
+
+class PushingMixin:
+    """Saves and pushes the heads of a [`~transformers.Trainer`]."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            # Nothing reads the pickle, and to look into it a stranger would have to run it.
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            arguments = json.dumps(readable_arguments(self.args), indent=2, sort_keys=True)
+            (folder / ARGUMENTS_NAME).write_text(arguments + "\n", encoding="utf-8")
+
+    def make_model_card(self, **facts: Any) -> FSPADModelCard | None:
+        """The card of the head as it is now.
+
+        Args:
+            **facts: What the trainer does not know, as in [`~fspad.hub_cards.FSPADModelCard.from_trainer`], e.g.
+                `license`, `dataset` or `measurements`.
+
+        Returns:
+            The card, or `None` for an adapter of a head, whose card PEFT writes.
+        """
+        if getattr(self.model, "active_peft_config", None) is not None:
+            return None
+        return FSPADModelCard.from_trainer(self, **facts)
+
+    def create_model_card(self, **facts: Any) -> None:
+        """Write the card of the head to the output folder, with plots if there is matplotlib.
+
+        Args:
+            **facts: As in [`make_model_card`].
+        """
+        card = self.make_model_card(**facts)
+        if card is not None and self.is_world_process_zero():
+            card.save(self.args.output_dir)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        **facts: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the head and push it: first its files, then the card that pins them.
+
+        Args:
+            commit_message: Summary of the commit of the files.
+            blocking: Whether to wait until the push is done.
+            token: Token of the Hub; by default `args.hub_token`.
+            revision: Branch to push to; by default `args.hub_revision`.
+            private: Whether a new repository is private; by default `args.hub_private_repo`.
+            create_pr: Whether to open a pull request instead.
+            **facts: As in [`make_model_card`].
+
+        Returns:
+            The commit of the files, or with `blocking=False` its future; `None` on all processes but the first.
+
+        Raises:
+            Exception: As in [`~fspad.hub_cards.push_folder`]. The output folder holds the whole head then.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # On all processes: each may hold a part of the head
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        push = (
+            push_folder if blocking else lambda *args, **kwargs: hf_api().run_as_future(push_folder, *args, **kwargs)
+        )
+        return push(
+            self.args.output_dir,
+            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            card=self.make_model_card(**facts),
+            commit_message=commit_message,
+            token=token if token is not None else self.args.hub_token,
+            revision=None if create_pr else revision or self.args.hub_revision,
+            private=private if private is not None else self.args.hub_private_repo,
+            create_pr=create_pr,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the head while training goes on, and with some strategies the whole checkpoint to resume from."""
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if is_busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # The checkpoint may be gone before it is uploaded, so the head is copied, as the stock trainer does
+        names = (path.relative_to(checkpoint_folder).as_posix() for path in Path(checkpoint_folder).rglob("*"))
+        for name in filter_repo_objects(names, allow_patterns=HEAD_FILES, ignore_patterns=NOT_HEAD_FILES):
+            destination = Path(self.args.output_dir, name)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(checkpoint_folder, name), destination)
+
+        when = f"epoch {int(self.state.epoch)}"
+        if self.args.save_strategy == SaveStrategy.STEPS:
+            when = f"step {self.state.global_step}"
+        common = {
+            "repo_id": self.hub_model_id,
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+            "run_as_future": True,
+        }
+        jobs = [
+            hf_api().upload_folder(
+                folder_path=self.args.output_dir,
+                allow_patterns=list(HEAD_FILES),
+                ignore_patterns=list(NOT_HEAD_FILES),
+                commit_message=f"Training in progress, {when}",
+                **common,
+            )
+        ]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            jobs.append(
+                hf_api().upload_folder(
+                    folder_path=checkpoint_folder,
+                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
+                    commit_message=f"Training in progress, {when}, checkpoint",
+                    **common,
+                )
+            )
+        if is_busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
