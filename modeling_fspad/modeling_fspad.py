@@ -165,7 +165,9 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
         """
         config = FSPADConfig.from_target(target.config) if config is None else config
         check_target(config, target)
-        return cls(config).to(device=device_of(target.get_output_embeddings()), dtype=target.dtype).eval()
+        # Not by `to(dtype)`, which would round the frequencies of RoPE as well
+        head = cls._from_config(config, dtype=target.dtype)
+        return head.to(device_of(target.get_output_embeddings())).eval()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> FSPADModel:

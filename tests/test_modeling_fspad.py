@@ -164,3 +164,14 @@ def test_head_is_registered_with_the_auto_classes():
     assert AutoConfig.for_model("fspad").__class__ is FSPADConfig
     config = FSPADConfig.from_target(LlamaConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=64))
     assert type(AutoModel.from_config(config)) is FSPADModel
+
+
+def test_new_heads_have_the_frequencies_that_they_are_loaded_with(tmp_path):
+    target = make_target().to(torch.bfloat16)
+    head = FSPADModel.from_target(target)
+    assert {parameter.dtype for parameter in head.parameters()} == {torch.bfloat16}
+    head.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = FSPADModel.from_pretrained(tmp_path, dtype=dtype)
+        assert torch.equal(loaded.rotary_emb.inv_freq, head.rotary_emb.inv_freq)
+    assert torch.equal(head.float().rotary_emb.inv_freq, FSPADModel(head.config).rotary_emb.inv_freq)
