@@ -212,9 +212,11 @@ class FSPADModel(AssistedDecodingMixin, PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # Where transformers has found the files, and the model is still on the meta device
-        check_weight_files(checkpoint_files or [], load_config.pretrained_model_name_or_path)
-        check_weights(model, state_dict, checkpoint_files)
+        # Where transformers has found the files, and the head is still on the meta device. Adapters come by here too.
+        is_adapter = model._hf_peft_config_loaded
+        check_weight_files(checkpoint_files or [], None if is_adapter else load_config.pretrained_model_name_or_path)
+        if not is_adapter:
+            check_weights(model, state_dict, checkpoint_files)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )

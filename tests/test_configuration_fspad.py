@@ -77,7 +77,7 @@ def test_saved_and_loaded(tmp_path):
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "fspad"
     loaded = FSPADConfig.from_pretrained(tmp_path)
-    assert {**loaded.to_dict(), "auto_map": None} == {**config.to_dict(), "auto_map": None}
+    assert {**loaded.to_dict(), "auto_map": None} == {**config.to_dict(), "auto_map": None, "dtype": "float32"}
 
 
 @pytest.mark.parametrize(

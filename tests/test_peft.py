@@ -142,6 +142,14 @@ def test_transformers_finds_the_head_of_an_adapter(saved_adapter, tmp_path):
     assert torch.equal(predict(head), predict(saved_adapter))
 
 
+def test_pickled_adapters_are_not_loaded(saved_adapter, tmp_path, monkeypatch):
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(adapter_weights(saved_adapter), tmp_path / "adapter" / "adapter_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("unpickled"))
+    with pytest.raises((OSError, ValueError), match="safetensors"):
+        AutoModel.from_pretrained(tmp_path / "adapter")
+
+
 def test_merged_adapter(saved_adapter, tmp_path):
     merged = load_adapter(tmp_path).merge_and_unload()
     assert type(merged) is FSPADModel
