@@ -2,9 +2,11 @@
 
 import random
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from hub_server import TOKEN, HubServer
 
 import fspad
 from fspad.drafting import Drafter
@@ -15,6 +17,19 @@ from fspad.tree import DraftedNodes
 def _seed_and_threads():
     torch.manual_seed(0)
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path_factory):
+    """A stand-in of the Hub that this process uses too."""
+    with HubServer() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setattr("fspad.hub_cards.push.WAITS", (0, 0, 0))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("tmp")))  # where failed pushes stay
+        yield server
 
 
 SIZES = {

@@ -1,43 +1,25 @@
 """Pushing heads to a stand-in of the Hub, and what strangers can do with them."""
 
 import ast
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
-import peft
 import pytest
 import transformers
 from conftest import make_head, make_target
-from hub_server import TOKEN, Fault, HubServer
+from hub_server import TOKEN, Fault
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from test_data import make_tokenizer
-from test_trainer import make_trainer
 
 import fspad
-from fspad.cli.train import run_training
-from fspad.hub_cards import FSPADModelCard, Measurement, push, push_folder, push_head
+from fspad.hub_cards import FSPADModelCard, Measurement, push_folder, push_head
 
 HEAD = "user/head"
 CODE = {path.name for path in Path(fspad.modeling_fspad.__file__).parent.glob("*.py")} - {"__init__.py"}
 SAVED = {"config.json", "model.safetensors", "custom_generate/generate.py", *CODE}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in of the Hub that this process uses too."""
-    with HubServer() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-        monkeypatch.setattr(push, "WAITS", (0, 0, 0))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 def commits(hub, ref="main", repo=HEAD):
@@ -207,109 +189,6 @@ def test_no_second_pull_request_after_a_lost_answer(hub):
         make_head(make_target()).push_to_hub(HEAD, create_pr=True)
     assert "create_pr=True" in caught.value.__notes__[0]
     assert set(hub.repositories[HEAD].refs) == {"main", "refs/pr/1"}
-
-
-def pushing_trainer(folder, **arguments):
-    trainer = make_trainer(folder / "head", processing_class=make_tokenizer(), hub_model_id=HEAD, **arguments)
-    # Whatever brings a tokenizer into the folder, it belongs to the target
-    trainer.processing_class = make_tokenizer()
-    (folder / "head").mkdir(exist_ok=True)
-    (folder / "head" / "events.out").write_text("mine")
-    return trainer
-
-
-def check_no_tokenizer_and_no_pickle(files):
-    assert not [name for name in files if re.search(r"token|vocab|chat_template|\.bin|\.pt", name)]
-
-
-@pytest.mark.parametrize("blocking", [True, False])
-def test_trainer_pushes_what_a_head_is(hub, tmp_path, blocking):
-    trainer = pushing_trainer(tmp_path)
-    trainer.train()
-    info = trainer.push_to_hub(blocking=blocking, license="mit", commit_message="Done")
-    info = info if blocking else info.result()
-    check_two_commits(*commits(hub), {*SAVED, "training_args.json"})
-    check_no_tokenizer_and_no_pickle(commits(hub)[-1].files)
-    assert info.oid == commits(hub)[0].oid
-    assert (tmp_path / "head" / "tokenizer.json").is_file(), "or the test shows nothing"
-    assert "license: mit" in commits(hub)[1].files["README.md"].decode()
-    assert commits(hub)[0].message == "Done"
-
-
-def test_training_arguments_can_be_read_and_tell_nothing_of_the_machine(hub, tmp_path):
-    trainer = pushing_trainer(tmp_path, hub_token=TOKEN)
-    trainer.push_to_hub()
-    text = commits(hub)[0].files["training_args.json"].decode()
-    arguments = json.loads(text)
-    assert arguments["learning_rate"] == 1e-3
-    assert arguments["num_draft_steps"] == 1
-    assert str(tmp_path) not in text
-    assert "hub" not in text.lower()
-    assert not (tmp_path / "head" / "training_args.bin").exists()
-
-
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
-def test_pushes_while_training(hub, tmp_path, strategy):
-    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
-    trainer = pushing_trainer(
-        tmp_path, push_to_hub=True, hub_strategy=strategy, hub_token=TOKEN, hub_always_push=True, **saving
-    )
-    trainer.train()
-    names = {*SAVED, "training_args.json"}
-    folders = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}.get(
-        strategy, set()
-    )
-    for commit in commits(hub):
-        at_top = {
-            name for name in commit.files if not name.split("/")[0].split("-")[0].endswith(("checkpoint", "last"))
-        }
-        assert at_top == names
-        check_no_tokenizer_and_no_pickle(at_top)
-        assert not any("training_args.bin" in name for name in commit.files)
-    assert len(commits(hub)) == {"end": 0, "every_save": 2}.get(strategy, 4)
-    if folders:
-        assert {name.split("/")[0] for name in commits(hub)[-1].files} > folders
-    trainer.push_to_hub()
-    *_, files, card = commits(hub)
-    assert pinned(card) == files.oid
-
-
-def test_the_command_pushes_once(hub, tmp_path):
-    run_training(pushing_trainer(tmp_path, push_to_hub=True, hub_token=TOKEN, hub_private_repo=True))
-    check_two_commits(*commits(hub), {*SAVED, "training_args.json"})
-    assert hub.repositories[HEAD].is_private
-
-
-def test_saving_pushes_if_asked_for(hub, tmp_path):
-    trainer = pushing_trainer(tmp_path, push_to_hub=True, hub_token=TOKEN, hub_revision="dev")
-    HfApi().create_branch(HEAD, branch="dev")
-    trainer.save_model()
-    check_two_commits(*commits(hub, "dev"), {*SAVED, "training_args.json"})
-    assert commits(hub, "dev")[0].message == "Model save"
-
-
-def test_trainer_after_a_failure_for_good(hub, tmp_path):
-    trainer = pushing_trainer(tmp_path)
-    hub.faults.append(Fault("/commit/", times=1, status=403))
-    with pytest.raises(HfHubHTTPError) as caught:
-        trainer.push_to_hub(revision="v1")
-    assert str(tmp_path / "head") in caught.value.__notes__[0]
-    assert "revision='v1'" in caught.value.__notes__[0]
-    assert all((tmp_path / "head" / name).is_file() for name in {*SAVED, "README.md", "training_args.json"})
-    trainer.push_to_hub(revision="v1")
-    check_two_commits(*commits(hub, "v1"), {*SAVED, "training_args.json"})
-
-
-def test_adapters_are_pushed_with_the_card_of_peft(hub, tmp_path):
-    target = make_target()
-    peft_config = peft.LoraConfig(r=4, target_modules="all-linear")
-    trainer = make_trainer(
-        tmp_path, target, head=peft.get_peft_model(make_head(target), peft_config), hub_model_id=HEAD
-    )
-    trainer.push_to_hub()
-    names = {"adapter_config.json", "adapter_model.safetensors", "training_args.json", "README.md"}
-    assert set(commits(hub)[-1].files) == names
-    assert ModelCard(commits(hub)[-1].files["README.md"].decode()).data.library_name == "peft"
 
 
 STRANGER = """

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import filter_repo_objects
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
 from fspad.hub_cards import FSPADModelCard, push_folder
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from .training_arguments import FSPADTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 ARGUMENTS_NAME = "training_args.json"
 
@@ -127,48 +130,48 @@ class PushingMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the head while training goes on, and with some strategies the whole checkpoint to resume from."""
-        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if is_busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # The checkpoint may be gone before it is uploaded, so the head is copied, as the stock trainer does
-        names = (path.relative_to(checkpoint_folder).as_posix() for path in Path(checkpoint_folder).rglob("*"))
-        for name in filter_repo_objects(names, allow_patterns=HEAD_FILES, ignore_patterns=NOT_HEAD_FILES):
-            destination = Path(self.args.output_dir, name)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(checkpoint_folder, name), destination)
-
+        path_in_repo = None
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            path_in_repo = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
         when = f"epoch {int(self.state.epoch)}"
         if self.args.save_strategy == SaveStrategy.STEPS:
             when = f"step {self.state.global_step}"
-        common = {
-            "repo_id": self.hub_model_id,
-            "token": self.args.hub_token,
-            "revision": self.args.hub_revision,
-            "run_as_future": True,
-        }
-        jobs = [
+        # A copy, because the checkpoint may be deleted before its turn to be uploaded comes
+        staged = Path(tempfile.mkdtemp(prefix="_push-", dir=self.args.output_dir))
+        shutil.copytree(checkpoint_folder, staged, dirs_exist_ok=True)
+        job = hf_api().run_as_future(self._push_staged, staged, f"Training in progress, {when}", path_in_repo)
+        if is_busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def _push_staged(self, staged: Path, commit_message: str, path_in_repo: str | None) -> None:
+        """Push the head in a copy of a checkpoint, maybe the whole checkpoint too, and delete the copy."""
+        common = {"repo_id": self.hub_model_id, "token": self.args.hub_token, "revision": self.args.hub_revision}
+        try:
             hf_api().upload_folder(
-                folder_path=self.args.output_dir,
+                folder_path=staged,
                 allow_patterns=list(HEAD_FILES),
                 ignore_patterns=list(NOT_HEAD_FILES),
-                commit_message=f"Training in progress, {when}",
+                commit_message=commit_message,
                 **common,
             )
-        ]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            jobs.append(
+            if path_in_repo is not None:
                 hf_api().upload_folder(
-                    folder_path=checkpoint_folder,
-                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
-                    commit_message=f"Training in progress, {when}, checkpoint",
+                    folder_path=staged,
+                    path_in_repo=path_in_repo,
+                    commit_message=f"{commit_message}, checkpoint",
                     **common,
                 )
-            )
-        if is_busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        except Exception as error:
+            # Training is worth more than one push, and the next one sends what is missing
+            logger.warning(f"Not pushed: {commit_message!r} ({error!r}). Training goes on.")
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
