@@ -115,7 +115,7 @@ def test_every_form_of_dataset_has_prompts(tmp_path, form):
     if form == "stream":
         dataset = dataset.to_iterable_dataset()
     elif form == "features":
-        dataset = add_features(prepare_dataset(dataset, None), target)
+        dataset = add_features(prepare_dataset(dataset, None), target, tmp_path / "features")
     elif form == "packed":
         arguments |= {"packing": True, "max_length": 40}
     else:

@@ -28,15 +28,21 @@ def commits(hub, ref="main", repo=HEAD):
 
 
 def pinned(commit) -> str | None:
-    """The revision of the head in the snippet of a card."""
-    (block,) = re.findall(r"```python\n(.*?)```", commit.files["README.md"].decode(), re.DOTALL)
-    (call,) = [
-        node
-        for node in ast.walk(ast.parse(block))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "AutoModel.from_pretrained"
-    ]
-    assert ast.literal_eval(call.args[0]) == HEAD
-    return next((keyword.value.value for keyword in call.keywords if keyword.arg == "revision"), None)
+    """The one revision of the head in the snippets of a card: where it is loaded, and where the target loads it."""
+    blocks = re.findall(r"```python\n(.*?)```", commit.files["README.md"].decode(), re.DOTALL)
+    calls = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    revisions = []
+    for call in calls:
+        options = {keyword.arg: keyword.value for keyword in call.keywords}
+        name = (
+            call.args[0] if ast.unparse(call.func) == "AutoModel.from_pretrained" else options.get("custom_generate")
+        )
+        if name is not None:
+            assert ast.literal_eval(name) == HEAD
+            revisions.append(options["revision"].value if "revision" in options else None)
+    assert len(revisions) == 2
+    (revision,) = set(revisions)
+    return revision
 
 
 def check_two_commits(files, card, names=SAVED):

@@ -136,6 +136,7 @@ def test_target_whose_features_are_not_finite(tmp_path, target, dialogues):
 def test_features_of_packed_rows_onto_disk(tmp_path, target, dialogues, monkeypatch):
     more = ("--packing", "--max_length", 24, "--num_draft_steps", 2, "--max_steps", 2, "--eval_file", dialogues)
     more += ("--draft_vocab_size", 40, "--features_dir", tmp_path / "features", "--logging_steps", 1)
+    more += ("--num_eval_prompts", 0)  # decoding would need the target
     with monkeypatch.context() as patch:
         trainer = make_trainer(arguments(tmp_path, target, dialogues, *more))
         assert trainer.train_dataset[0]["features"].shape == (24, 32)

@@ -216,7 +216,7 @@ def test_packed_rows_have_the_sums_of_their_dialogues(tmp_path, num_draft_steps)
     packed = prepare_dataset(trainer.train_dataset, None, max_length=60, packing=True)
     assert len(packed) < len(trainer.train_dataset) / 2
     alone = sums(trainer.train_dataset)
-    assert alone.shape == (num_draft_steps, 4)
+    assert alone.shape == (num_draft_steps, 5)
     torch.testing.assert_close(sums(packed), alone, rtol=1e-5, atol=1e-5)
 
 
