@@ -14,6 +14,7 @@ from transformers.utils import CONFIG_NAME, logging
 from fspad.provenance import check_vocabulary, note_default_revision, record_target
 from fspad.target import LMHead, check_target, embed_tokens
 
+from .adapters import check_adapter, check_virtual_tokens
 from .data import DataCollatorForFSPAD, prepare_dataset
 from .decoding import Prompt, decode_prompts, find_prompts, first_prompts
 from .distributed import check_fsdp, check_streams
@@ -66,39 +67,6 @@ class ClipGradientValues(TrainerCallback):
                 self.accelerator.unscale_gradients()
             # Not the accelerator's method of that name, which raises under FSDP.
             nn.utils.clip_grad_value_(model.parameters(), args.max_grad_value)
-
-
-def check_virtual_tokens(target: PreTrainedModel) -> None:
-    """Check that a target sees the tokens of a dialogue and no others.
-
-    Args:
-        target: The target, maybe wrapped by PEFT.
-
-    Raises:
-        ValueError: If prompt tuning, prefix tuning or the like puts virtual tokens before its inputs.
-    """
-    adapter = getattr(target, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        raise ValueError(
-            f"expected a target without virtual tokens, got one with {adapter.peft_type.value}: a head cannot draft for "
-            "it. Adapt the weights of the target instead, as LoRA does."
-        )
-
-
-def check_adapter(peft_config: PeftConfig) -> None:
-    """Check that an adapter can be put on a head.
-
-    Args:
-        peft_config: The adapter's configuration.
-
-    Raises:
-        ValueError: If it has a task type.
-    """
-    if peft_config.task_type is not None:
-        raise ValueError(
-            f"expected an adapter without a task type, got {peft_config.task_type}: PEFT's wrappers for tasks pass on "
-            "other inputs than a head takes. Leave `task_type` out of the adapter's configuration."
-        )
 
 
 class FSPADTrainer(PushingMixin, Trainer):
