@@ -65,7 +65,8 @@ class FSPADConfig(PreTrainedConfig):
         draft_depth: Levels of the draft tree that are expanded after the first.
         draft_top_k: Nodes that are expanded at each level, and children that each of them gets.
         num_draft_tokens: Tokens of a draft tree that are verified, the root not counted.
-        draft_vocab_size: How many of the most frequent tokens the head scores; `None` for the target's vocabulary.
+        draft_vocab_size: How many of the most frequent tokens the head scores, beside those of the prompt; `None` for the
+            target's vocabulary.
         target_model_name: Hub id (or name) of the target that the head was trained for.
         target_revision: Revision of that target.
         target_vocab_hash: SHA-256 of that target's vocabulary; the trainer records it.

@@ -76,7 +76,8 @@ def checkpointing_trainer(folder, **arguments):
 
 
 def folder_of(name):
-    return name.rpartition("/")[0]
+    folder, separator, _ = name.partition("/")
+    return folder if separator else ""
 
 
 @pytest.mark.parametrize(
