@@ -13,23 +13,51 @@ from fspad import FSPADModel
 
 
 @pytest.fixture
-def train_smollm2(monkeypatch):
-    path = Path(__file__).parents[1] / "examples" / "train_smollm2.py"
-    spec = importlib.util.spec_from_file_location("train_smollm2", path)
-    module = importlib.util.module_from_spec(spec)
-    # For the dataclasses, whose annotations are looked up there
-    monkeypatch.setitem(sys.modules, "train_smollm2", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "load_smollm2", lambda dtype: (make_target().to(dtype), make_tokenizer()))
+def load_example(monkeypatch):
+    def load(name):
+        path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        # For the dataclasses, whose annotations are looked up there
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(module, "load_smollm2", lambda dtype: (make_target().to(dtype), make_tokenizer()))
 
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["train_smollm2.py", *map(str, arguments)])
-        module.main()
+        def run(*arguments):
+            monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
+            module.main()
 
-    return run
+        return module, run
+
+    return load
 
 
-def test_train_smollm2(tmp_path, monkeypatch, capsys, train_smollm2):
+def test_task_prompts(tmp_path, monkeypatch, load_example):
+    task_prompts, run = load_example("task_prompts")
+    monkeypatch.setattr(task_prompts, "TOPICS", ["tea", "tides"])
+    # Of the target's 512 positions
+    synthesize = task_prompts.synthesize
+    monkeypatch.setattr(
+        task_prompts, "synthesize", lambda *args, **kw: synthesize(*args, **{**kw, "max_new_tokens": 9})
+    )
+    written = []
+    for _ in range(2):  # the second time, every passage is there
+        run("--output_dir", tmp_path, "--num_translations", 5, "--batch_size", 3)
+        written.append((tmp_path / "prompts.jsonl").read_text())
+    assert written[0] == written[1]
+    passages = [
+        json.loads(line)["messages"][-1]["content"] for line in (tmp_path / "passages.jsonl").read_text().splitlines()
+    ]
+    assert len(passages) == 2 * len(task_prompts.FORMS)
+    prompts = [json.loads(line)["prompt"] for line in written[0].splitlines()]
+    assert len(set(prompts)) == len(prompts)
+    assert all(sum(passage in prompt for prompt in prompts) >= 2 for passage in passages), "a summary and a question"
+    assert not any("{" in prompt for prompt in prompts if not any(passage in prompt for passage in passages))
+    assert sum("erman" in prompt or "English" in prompt for prompt in prompts) >= 5
+
+
+def test_train_smollm2(tmp_path, monkeypatch, capsys, load_example):
+    _, train_smollm2 = load_example("train_smollm2")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     questions = ["hello you", "hello", "you", "bye now", "hi you", "hi"]
     prompts, dialogues, held_out = (tmp_path / f"{name}.jsonl" for name in ("prompts", "dialogues", "held_out"))
