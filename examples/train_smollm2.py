@@ -65,6 +65,10 @@ class TrainingArguments(FSPADTrainingArguments):
     """The paper's training arguments, where a target of 135M and a few thousand dialogues want no others."""
 
     bf16: bool = field(default=True, metadata={"help": "Compute in bf16; the head's weights stay in fp32."})
+    use_cpu: bool = field(
+        default=not torch.accelerator.is_available(),
+        metadata={"help": "Do not use an accelerator, which bf16 expects."},
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Larger than the paper's, as the head is smaller."})
     num_train_epochs: float = field(default=7, metadata={"help": "Passes over the dialogues."})
     warmup_steps: float = field(default=200, metadata={"help": "Shorter than the paper's, as the dataset is smaller."})

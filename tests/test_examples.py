@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_target
 from test_data import make_tokenizer
 
@@ -76,7 +77,7 @@ def test_train_smollm2(tmp_path, monkeypatch, capsys, load_example):
     head = tmp_path / "head"
     arguments = ["--output_dir", head, "--prompts", prompts, "--dialogs", dialogues, "--exclude", held_out]
     arguments += ["--max_new_tokens", 12, "--num_eval_dialogs", 1, "--draft_vocab_size", 40, "--cache_features"]
-    arguments += ["--use_cpu", "--save_steps", 1, "--no_partial_alignment", "--eval_strategy", "no"]
+    arguments += ["--save_steps", 1, "--no_partial_alignment", "--eval_strategy", "no"]
     train_smollm2(*arguments, "--max_steps", 1)
     answered = [
         json.loads(line)["messages"][0]["content"] for line in (head / "dialogs.jsonl").read_text().splitlines()
@@ -91,5 +92,48 @@ def test_train_smollm2(tmp_path, monkeypatch, capsys, load_example):
     train_smollm2(*arguments, "--max_steps", 2, "--resume")
     assert (head / "checkpoint-2").is_dir()
     arguments = ["--output_dir", tmp_path / "more", "--head", head, "--dialogs", dialogues, "--num_eval_dialogs", 0]
-    train_smollm2(*arguments, "--eval_strategy", "no", "--no_partial_alignment", "--use_cpu", "--max_steps", 1)
+    train_smollm2(*arguments, "--eval_strategy", "no", "--no_partial_alignment", "--max_steps", 1)
     assert FSPADModel.from_pretrained(tmp_path / "more").config.draft_vocab_size == 40
+
+
+def test_compare_recipes(tmp_path, monkeypatch, capsys, load_example):
+    compare_recipes, run = load_example("compare_recipes")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    recipe = compare_recipes.Recipe
+    recipes = {
+        "fspad": recipe(draft_vocab_size=40),
+        "fewer": recipe(partial_alignment=False, draft_vocab_size=None, steps=2, dialogues=0.5),
+    }
+    monkeypatch.setattr(compare_recipes, "RECIPES", recipes)
+    heads = []
+    measure_tau = compare_recipes.measure_tau
+    monkeypatch.setattr(
+        compare_recipes, "measure_tau", lambda head, *args: heads.append(head) or measure_tau(head, *args)
+    )
+    dialogues, prompts = tmp_path / "dialogues.jsonl", tmp_path / "held-out.jsonl"
+    rows = [{"prompt_ids": [2, 5, number], "response_ids": [7, 8, 9, number, 1]} for number in range(4)]
+    dialogues.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_text(json.dumps({"prompt": "hello"}) + "\n" + json.dumps({"prompt": "you"}) + "\n")
+    arguments = ["--output_dir", tmp_path / "runs", "--dialogs", dialogues, "--prompts", prompts]
+    arguments += ["--max_new_tokens", 6, "--batch_size", 2, "--max_steps", 2]
+    run(*arguments, "--recipes", "fspad", "--seeds", 0, 1)
+    assert [head.config.draft_vocab_size for head in heads] == [40, 40]
+    assert not torch.equal(*(next(head.parameters()) for head in heads)), "seeds differ"
+    run(*arguments, "--seeds", 0, 1)
+    assert [head.config.partial_alignment for head in heads] == [True, True, False, False], "what is there is kept"
+    for name in recipes:
+        entries = json.loads((tmp_path / "runs" / f"{name}-0.json").read_text())
+        assert [(entry["prompts"], entry["temperature"]) for entry in entries] == [
+            ("held-out", 0.0),
+            ("held-out", 1.0),
+        ]
+        # The first token of each of the two answers comes before the first step.
+        assert all(sum(entry["accept_lengths"]) == 2 * 5 for entry in entries)
+    capsys.readouterr()
+    run(*arguments, "--seeds", 0, 1, 2, "--only_report")
+    assert len(heads) == 4
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (row,) = [row for row in rows if "fewer" in row]
+    assert row.count("(2)") == 2, "of three seeds two are there, at two temperatures"
+    with pytest.raises(ValueError, match="expected at least 6 dialogues, got 4: lower --max_steps"):
+        run("--output_dir", tmp_path / "more", *arguments[2:-1], 3, "--recipes", "fspad")
