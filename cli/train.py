@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -14,7 +13,6 @@ import torch
 import typer
 import yaml
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from fspad import FSPADConfig, FSPADModel
 from fspad.provenance import check_vocabulary
@@ -85,6 +83,7 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
     if missing:
         raise ImportError(f'training needs {" and ".join(missing)}: `pip install "fspad[train]"`')
     from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
+    from fspad.trainer.checkpoints import find_checkpoint
 
     parser = HfArgumentParser(
         (HeadArguments, FSPADTrainingArguments),
@@ -94,7 +93,7 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
     )
     options, training = parser.parse_args_into_dataclasses(read_config(parser, arguments))
     check_streaming(options, training)
-    training.resume_from_checkpoint = find_checkpoint(training)
+    training.resume_from_checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
     train_dataset = load_train_dataset(options, training.seed)
     eval_dataset = load_dialogues(options.eval_file) if options.eval_file else None
     target, tokenizer = load_target(options.target)
@@ -182,46 +181,6 @@ def check_streaming(options: HeadArguments, training: FSPADTrainingArguments) ->
     if options.features_dir is not None or training.packing:
         got = "--packing" if training.packing else "--features_dir"
         raise ValueError(f"expected all dialogues at once for {got}, got --streaming: leave out one of the two")
-
-
-def find_checkpoint(training: FSPADTrainingArguments) -> str | None:
-    """Find the checkpoint to go on from. Of a run that was killed, the last one may be half written.
-
-    Args:
-        training: Training arguments, with a checkpoint's folder as `resume_from_checkpoint`, or `true` for the last whole
-            one in `output_dir`.
-
-    Returns:
-        Its folder, or `None` to begin anew.
-
-    Raises:
-        ValueError: If there is no such checkpoint, or it is not whole.
-    """
-    wanted = training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not _is_whole(Path(wanted)):
-            raise ValueError(
-                f"expected the folder of a whole checkpoint, got {wanted}; `--resume_from_checkpoint true` takes the last one "
-                "in --output_dir."
-            )
-        return str(wanted)
-    whole = [path for path in Path(training.output_dir).glob("checkpoint-*") if _is_whole(path)]
-    if not whole:
-        raise ValueError(
-            f"expected a whole checkpoint in {training.output_dir}, got none; leave out --resume_from_checkpoint to begin "
-            "anew."
-        )
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    # The trainer writes this file after all others.
-    try:
-        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def load_train_dataset(options: HeadArguments, seed: int = 42) -> Dataset | IterableDataset:

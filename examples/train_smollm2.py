@@ -20,13 +20,13 @@ from fspad.cli.smollm2 import load_smollm2
 from fspad.cli.synthesize import load_prompts
 from fspad.cli.train import (
     HeadArguments,
-    find_checkpoint,
     load_dialogues,
     make_head,
     trim_vocabulary,
     with_features,
 )
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
+from fspad.trainer.checkpoints import find_checkpoint
 from fspad.trainer.data import prepare_dataset
 from fspad.trainer.synthesize import synthesize
 
@@ -111,9 +111,7 @@ def collect_dialogues(
 def main() -> None:
     """Train and save the head."""
     example, args = HfArgumentParser((ExampleArguments, TrainingArguments)).parse_args_into_dataclasses()
-    if example.resume:
-        args.resume_from_checkpoint = "true"
-    args.resume_from_checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args.output_dir, example.resume or args.resume_from_checkpoint)
     output_dir = Path(args.output_dir)
     torch.manual_seed(args.seed)
     target, tokenizer = load_smollm2(torch.bfloat16)
@@ -139,7 +137,7 @@ def main() -> None:
         eval_dataset=splits["test"],
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.model.to(target.dtype)
     trainer.save_model()
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from fspad import FSPADModel
 from fspad.cli import app
-from fspad.cli.train import find_checkpoint, load_train_dataset, make_trainer
-from fspad.trainer import FSPADTrainingArguments
+from fspad.cli.train import load_train_dataset, make_trainer
 from fspad.trainer import features as features_module
+from fspad.trainer.checkpoints import find_checkpoint
 
 ROWS = [{"prompt_ids": [1, 2, n], "response_ids": [3, 4, 5 + n, 6, 7]} for n in range(12)]
 
@@ -205,7 +205,7 @@ def test_training_goes_on_after_a_kill(tmp_path, target, dialogues):
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     (half / "trainer_state.json").write_text('{"global_step": 9998, ')
-    last = Path(find_checkpoint(FSPADTrainingArguments(str(head), use_cpu=True, resume_from_checkpoint="true")))
+    last = Path(find_checkpoint(str(head), "true"))
     step = json.loads((last / "trainer_state.json").read_text())["global_step"]
     assert last.name == f"checkpoint-{step}"
     before = FSPADModel.from_pretrained(last).state_dict()
@@ -231,16 +231,3 @@ def test_training_goes_on_after_a_kill(tmp_path, target, dialogues):
 def test_nothing_to_go_on_from(tmp_path, wanted, message):
     dialogues = tmp_path / "missing.jsonl"
     assert re.search(message, refused(tmp_path, "target", dialogues, "--resume_from_checkpoint", wanted))
-
-
-def test_checkpoints_are_told_by_their_steps(tmp_path):
-    for step in (2, 10, 8):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-
-    def find(wanted):
-        return find_checkpoint(FSPADTrainingArguments(str(tmp_path), use_cpu=True, resume_from_checkpoint=wanted))
-
-    assert find("true") == find(True) == str(tmp_path / "checkpoint-10")
-    assert find(str(tmp_path / "checkpoint-2")) == str(tmp_path / "checkpoint-2")
-    assert find(None) is find("false") is None

@@ -15,6 +15,7 @@ from fspad.provenance import check_vocabulary, note_default_revision, record_tar
 from fspad.target import LMHead, check_target, embed_tokens
 
 from .adapters import check_adapter, check_virtual_tokens
+from .checkpoints import find_checkpoint
 from .data import DataCollatorForFSPAD, prepare_dataset
 from .decoding import Prompt, decode_prompts, find_prompts, first_prompts
 from .distributed import check_fsdp, check_streams
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
-    from transformers.trainer_utils import EvalLoopOutput
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
     from fspad import FSPADModel
 
@@ -168,6 +169,21 @@ class FSPADTrainer(PushingMixin, Trainer):
         self._eval_sums = self._zero_sums(max(args.num_draft_steps, model.config.draft_depth + 1))
         # Of each batch of the running evaluation, until there are enough.
         self._eval_prompts: list[list[Prompt]] = []
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train the head.
+
+        Args:
+            resume_from_checkpoint: Folder of a checkpoint, or `True` for the last whole one in `output_dir`.
+            kwargs: As [`~transformers.Trainer.train`] takes them.
+
+        Returns:
+            Steps, loss and metrics.
+
+        Raises:
+            ValueError: If there is no such checkpoint, or it is not whole.
+        """
+        return super().train(find_checkpoint(self.args.output_dir, resume_from_checkpoint), **kwargs)
 
     def compute_loss(
         self,
