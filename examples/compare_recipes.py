@@ -5,7 +5,8 @@
 Every recipe changes one thing of the baseline, FSPAD trained for one draft step. All recipes of a seed begin with the same
 random numbers and see the same dialogues in the same order, for the same number of steps unless that is what they change.
 Each run is saved before the next begins: the same command goes on after an interruption, and started in several processes
-at once, they share the runs. The table is printed when all are there, and by `--only_report` before.
+at once, they share the runs. At the end, and with `--only_report` at any time, the table of the runs that there are is
+printed: mean tau, standard deviation over the seeds, and their number.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fspad import FSPADConfig, FSPADModel
@@ -31,6 +33,7 @@ from fspad.cli.train import load_dialogues
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
 from fspad.trainer.data import count_token_frequencies, most_frequent_tokens, prepare_dataset
 from fspad.trainer.features import add_features
+from fspad.trainer.resumable import find_differences, write_whole
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def measure_tau(
 def run_all(options: argparse.Namespace) -> None:
     """Do every run that nobody has done or is doing."""
     runs = [(name, seed) for seed in options.seeds for name in options.recipes]
-    missing = [run for run in runs if not _result_file(options, *run).exists()]
+    missing = [run for run in runs if read_result(options, *run) is None]
     if not missing:
         return
     target, tokenizer = load_smollm2(torch.bfloat16)
@@ -187,11 +190,40 @@ def run_all(options: argparse.Namespace) -> None:
             with FileLock(file.with_suffix(".lock"), timeout=0):
                 if not file.exists():
                     head = train(RECIPES[name], seed, dataset, counts, target, options)
-                    result = json.dumps(measure_tau(head, target, tokenizer, options))
-                    file.with_suffix(".part").write_text(result, encoding="utf-8")
-                    file.with_suffix(".part").replace(file)
+                    taus = measure_tau(head, target, tokenizer, options)
+                    write_whole(file, [json.dumps({"settings": find_settings(options, name), "measured": taus})])
         except Timeout:
             continue
+
+
+def find_settings(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What the results of a recipe depend on, apart from the seed."""
+    names = ("dialogs", "prompts", "temperatures", "max_new_tokens", "batch_size", "max_steps", "learning_rate")
+    settings = {name: getattr(options, name) for name in names}
+    return {**settings, "prompts": [str(path) for path in options.prompts], **asdict(RECIPES[name])}
+
+
+def read_result(options: argparse.Namespace, name: str, seed: int) -> list[dict] | None:
+    """Read what a run has measured.
+
+    Args:
+        options: The command line.
+        name: Its recipe.
+        seed: Its seed.
+
+    Returns:
+        As [`measure_tau`] gives it, or `None` if there is no such run.
+
+    Raises:
+        ValueError: If it was made with other settings.
+    """
+    file = _result_file(options, name, seed)
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if differences := find_differences(result["settings"], find_settings(options, name)):
+        raise ValueError(f"expected the settings of {file}, got others ({'; '.join(differences)}): use a new folder.")
+    return result["measured"]
 
 
 def report(options: argparse.Namespace) -> Table:
@@ -205,12 +237,11 @@ def report(options: argparse.Namespace) -> Table:
     """
     taus: dict[str, dict[str, list[float]]] = {}
     for name in options.recipes:
-        files = [file for seed in options.seeds if (file := _result_file(options, name, seed)).exists()]
-        for entry in (entry for file in files for entry in json.loads(file.read_text(encoding="utf-8"))):
+        for entry in (entry for seed in options.seeds for entry in read_result(options, name, seed) or []):
             column = f"{entry['prompts']} T={entry['temperature']:g}"
             lengths = entry["accept_lengths"]
             taus.setdefault(column, {}).setdefault(name, []).append(sum(lengths) / len(lengths))
-    table = Table("Recipe", *taus, title="tau")
+    table = Table(Column("Recipe", no_wrap=True), *taus, title="tau")
     for name in options.recipes:
         table.add_row(name, *(_describe(column.get(name, [])) for column in taus.values()))
     return table

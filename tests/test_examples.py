@@ -122,7 +122,7 @@ def test_compare_recipes(tmp_path, monkeypatch, capsys, load_example):
     run(*arguments, "--seeds", 0, 1)
     assert [head.config.partial_alignment for head in heads] == [True, True, False, False], "what is there is kept"
     for name in recipes:
-        entries = json.loads((tmp_path / "runs" / f"{name}-0.json").read_text())
+        entries = json.loads((tmp_path / "runs" / f"{name}-0.json").read_text())["measured"]
         assert [(entry["prompts"], entry["temperature"]) for entry in entries] == [
             ("held-out", 0.0),
             ("held-out", 1.0),
@@ -135,5 +135,7 @@ def test_compare_recipes(tmp_path, monkeypatch, capsys, load_example):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     (row,) = [row for row in rows if "fewer" in row]
     assert row.count("(2)") == 2, "of three seeds two are there, at two temperatures"
+    with pytest.raises(ValueError, match=r"expected the settings of .*, got others \(max_new_tokens 6, now 7\)"):
+        run(*arguments, "--max_new_tokens", 7)
     with pytest.raises(ValueError, match="expected at least 6 dialogues, got 4: lower --max_steps"):
         run("--output_dir", tmp_path / "more", *arguments[2:-1], 3, "--recipes", "fspad")
