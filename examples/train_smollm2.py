@@ -121,7 +121,7 @@ def main() -> None:
     head = make_head(HeadArguments(head=example.head, **variant), target)
     if example.head is None:
         # A tree of the size that paid best on a CPU with two cores
-        head.config.draft_depth, head.config.num_draft_tokens = 4, 15
+        head.config.draft_depth, head.config.num_draft_tokens = 4, 16
         if example.draft_vocab_size:
             dataset = trim_vocabulary(head, dataset, tokenizer, args, example.draft_vocab_size)
     if example.cache_features:
