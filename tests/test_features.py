@@ -103,6 +103,23 @@ def test_stored_features_need_no_target_forward(tmp_path, monkeypatch):
     make_trainer(tmp_path, target, stored, train_sampling_strategy="group_by_length", **arguments).train()
 
 
+def test_datasets_with_features_are_put_together(tmp_path):
+    target = make_target()
+    parts = [prepare_dataset(make_dataset(rows), None) for rows in (3, 5)]
+    stored = [add_features(part, target, tmp_path / str(len(part))) for part in parts]
+    together = concatenate_datasets(stored)
+    trainer, online = (
+        make_trainer(tmp_path / "head", dataset=dataset, feature_noise=0.0)
+        for dataset in (together, concatenate_datasets(parts))
+    )
+    trainer.train()
+    online.train()
+    torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor(losses(online)), rtol=1e-4, atol=1e-5)
+    trainer = make_trainer(tmp_path / "head", dataset=together.with_format("torch"))
+    with pytest.raises(ValueError, match="expected tensors as features, got bytes as they are stored: do not set"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("at", ["fsync", "replace", "compute"])
 def test_interrupted_runs_go_on(tmp_path, monkeypatch, computed, at):
     target, prepared = make_target(), prepare_dataset(make_dataset(40), None)

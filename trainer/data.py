@@ -303,7 +303,8 @@ class DataCollatorForFSPAD:
             they are given no `attention_mask`.
 
         Raises:
-            ValueError: If a token is not in the vocabulary.
+            ValueError: If a token is not in the vocabulary, or features are in another format than that of
+                [`~fspad.trainer.features.add_features`].
         """
         input_ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
         if self.vocab_size is not None:
@@ -317,6 +318,11 @@ class DataCollatorForFSPAD:
         if "position_ids" in rows[0]:
             columns["position_ids"] = _pad([torch.as_tensor(row["position_ids"], dtype=torch.long) for row in rows])
         if "features" in rows[0]:
+            if any(isinstance(row["features"], bytes) for row in rows):
+                raise ValueError(
+                    "expected tensors as features, got bytes as they are stored: do not set another format on a dataset from "
+                    "`add_features`, nor put it together with one of another target."
+                )
             columns["features"] = _pad(
                 [torch.as_tensor(row["features"])[: len(ids)] for row, ids in zip(rows, input_ids, strict=True)]
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,7 @@ def add_features(dataset: Dataset, target: PreTrainedModel, features_dir: str | 
     shards = FeatureShards(Path(features_dir), settings, [length * row_bytes for length in lengths])
     shards.fill(lambda rows: _compute_rows(tokens, rows, target, batch_size), lengths)
     dataset = datasets.concatenate_datasets([tokens, shards.load()], axis=1)
-    return dataset.with_transform(partial(_decode, dtype=target.dtype, hidden_size=settings["hidden_size"]))
+    return dataset.with_transform(_Decode(target.dtype, settings["hidden_size"]))
 
 
 def _compute_rows(tokens: Dataset, rows: range, target: PreTrainedModel, batch_size: int) -> list[torch.Tensor]:
@@ -147,9 +147,17 @@ def _pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in rows], batch_first=True)
 
 
-def _decode(batch: dict[str, list], dtype: torch.dtype, hidden_size: int) -> dict[str, list]:
-    if "features" in batch:
-        batch["features"] = [
-            torch.frombuffer(bytearray(row), dtype=dtype).view(-1, hidden_size) for row in batch["features"]
-        ]
-    return batch
+@dataclass(frozen=True)
+class _Decode:
+    """From bytes to tensors. `datasets` keeps it where it concatenates datasets, as those of one target compare equal."""
+
+    dtype: torch.dtype
+    hidden_size: int
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if "features" in batch:
+            batch["features"] = [
+                torch.frombuffer(bytearray(row), dtype=self.dtype).view(-1, self.hidden_size)
+                for row in batch["features"]
+            ]
+        return batch
