@@ -354,6 +354,8 @@ def test_saved_folder_is_the_head_alone(tmp_path):
         assert {"config.json", "model.safetensors", "modeling_fspad.py", "configuration_fspad.py"} <= names
         assert not [name for name in names if "token" in name or "chat_template" in name]
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"].startswith("modeling_fspad.")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.keys() <= FSPADConfig().to_dict().keys() | {"auto_map"}, "what loading would warn of"
     loaded = FSPADModel.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == weights(trainer).keys()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights(trainer).items())

@@ -157,6 +157,8 @@ class FSPADTrainer(PushingMixin, Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        # The parent sets what is no field of a head: loading the saved one would warn of it
+        vars(model.config).pop("use_cache", None)
         check_fsdp(self.accelerator, args.num_draft_steps)
         record_target(model.config, target, processing_class)
         self.add_callback(ClipGradientValues(self.accelerator))
