@@ -221,10 +221,7 @@ class FSPADConfig(PreTrainedConfig):
         Raises:
             ValueError: If the target is an encoder-decoder model.
         """
-        if getattr(target_config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"an FSPAD head needs a decoder-only target, got the encoder-decoder {target_config.model_type!r}"
-            )
+        check_decoder_only(target_config)
         text = target_config.get_text_config(decoder=True)
         values = {
             "vocab_size": text.vocab_size,
@@ -240,6 +237,22 @@ class FSPADConfig(PreTrainedConfig):
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             values[token] = getattr(text, token, None)
         return cls(**{**values, **overrides})
+
+
+def check_decoder_only(target_config: PreTrainedConfig) -> None:
+    """Refuse targets whose decoder reads an encoder.
+
+    Args:
+        target_config: Configuration of a target.
+
+    Raises:
+        ValueError: If it is that of an encoder-decoder model.
+    """
+    if getattr(target_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"an FSPAD head assists decoder-only models, got the encoder-decoder {target_config.model_type!r}: call "
+            "`generate` without `assistant_model`."
+        )
 
 
 def _first_int(config: PreTrainedConfig, *names: str) -> int | None:
