@@ -32,11 +32,14 @@ class AutomaticSize:
     Args:
         costs: What steps cost.
         depth: Levels that may be expanded after the first.
+        confidence_threshold: Stop when the best path of the last level is less probable than this; `None` for never.
     """
 
-    needs_scores = False
+    is_automatic = True
 
-    def __init__(self, costs: StepCosts, depth: int):
+    def __init__(self, costs: StepCosts, depth: int, confidence_threshold: float | None = None):
+        self.needs_scores = confidence_threshold is not None
+        self.confidence_threshold = confidence_threshold
         self.max_candidates = MAX_CANDIDATES
         self.costs = costs
         self.depth = depth
@@ -57,7 +60,8 @@ class AutomaticSize:
 
     def wants_level(self, candidates: Candidates, level: int, scores: list[float] | None) -> bool:
         """Whether what a level can add is worth its time."""
-        if level > self.depth:
+        is_unsure = self.needs_scores and scores and math.exp(max(scores)) < self.confidence_threshold
+        if level > self.depth or is_unsure:
             return False
         if self.costs.trial is not None:
             wants = self.costs.trial > 1

@@ -146,7 +146,7 @@ class AssistedDecodingMixin:
         top_k = 1 if is_chain else self.config.draft_top_k
         sources = evaluating(self).draft_sources(target, input_ids, top_k)
         if num_draft_tokens == "auto":
-            size = AutomaticSize(costs_of(target, mode), self.config.draft_depth)
+            size = AutomaticSize(costs_of(target, mode), self.config.draft_depth, threshold)
         else:
             size = FixedSize(num_draft_tokens, self.config.draft_depth, threshold)
         loop = DecodingLoop(verifier, Drafter(sources, size, is_chain), chooser)
@@ -257,7 +257,7 @@ def drafting_options(
         generation_config: The options of `generate`.
 
     Returns:
-        The number of tokens to verify, or `"auto"`, and the confidence at which a fixed number of them ends early.
+        The number of tokens to verify, or `"auto"`, and the confidence below which drafting ends early.
 
     Raises:
         ValueError: If `num_assistant_tokens` is no positive integer.
