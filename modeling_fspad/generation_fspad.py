@@ -167,9 +167,7 @@ class AssistedDecodingMixin:
             verify_time=loop.verify_watch.seconds(),
         )
 
-    def draft_sources(
-        self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int
-    ) -> list[DraftSource]:
+    def draft_sources(self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int) -> list[DraftSource]:
         """Who drafts for one call of `generate`, the cheapest first. Override it to add a source of your own.
 
         Args:
@@ -272,7 +270,9 @@ def drafting_options(
     if num_draft_tokens is None:
         num_draft_tokens = config.num_draft_tokens
     elif not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
-        raise ValueError(f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it.")
+        raise ValueError(
+            f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it."
+        )
     return num_draft_tokens, given("assistant_confidence_threshold")
 
 

@@ -17,7 +17,7 @@ from .position_limits import PositionLimits
 from .target import FeatureTap, device_of
 from .tree import DraftTree
 from .tree_attention import attention_windows, attentions_of_path, hidden_states_of_path, tree_attention_mask
-from .verification_mode import VerificationMode, check_rollback, decide_by_rule, decide_by_probe
+from .verification_mode import VerificationMode, check_rollback, decide_by_probe, decide_by_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -72,7 +72,10 @@ def decide_by_rule(target: PreTrainedModel, cache: Cache | None) -> tuple[Verifi
         return VerificationMode.PLAIN, f"{name} has a recurrent state that cannot be rolled back"
     forward_arguments = inspect.signature(target.forward).parameters
     if hasattr(target.forward, "_torchdynamo_orig_callable"):
-        return VerificationMode.PLAIN, f"the forward pass of {name} is compiled, and its features cannot be read inside"
+        return (
+            VerificationMode.PLAIN,
+            f"the forward pass of {name} is compiled, and its features cannot be read inside",
+        )
     if "past_key_values" not in forward_arguments:
         return VerificationMode.PLAIN, f"{name} has no cache"
     if "prepare_inputs_for_generation" in vars(target):
