@@ -46,29 +46,20 @@ def complete(
         ValueError: If the target does not keep what it has read in a cache of transformers.
     """
     device = target.get_input_embeddings().weight.device
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    input_ids, attention_mask, position_ids = _pad_left(prompts, device)
     temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
     draws = [random.Random(seed) for seed in (seeds or map(str, range(len(prompts))))]
     cache = _make_cache(target)
-    kwargs = {"logits_to_keep": 1} if target._supports_logits_to_keep() else {}
+    kwargs = {"past_key_values": cache, "use_cache": True}
+    if target._supports_logits_to_keep():
+        kwargs["logits_to_keep"] = 1
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     ended: set[int] = set()
     for _ in range(max_new_tokens):
-        outputs = target(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            **kwargs,
-        )
+        outputs = target(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         _check_cache(target, outputs)
-        # A row that has ended draws nothing more, so that its draws do not depend on when it is dropped.
-        uniform = torch.tensor([0.0 if row in ended else draws[row].random() for row in rows], device=device)
+        uniform = torch.tensor([draws[row].random() for row in rows], dtype=torch.float32, device=device)
         tokens = _next_tokens(outputs.logits[:, -1].float(), temperature, uniform)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row not in ended:
@@ -89,6 +80,16 @@ def complete(
         position_ids = position_ids[:, -1:] + 1
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
     return answers
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and positions of prompts, each (batch_size, longest)."""
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return input_ids, attention_mask, (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 class GrowingLayer(DynamicLayer):
