@@ -163,7 +163,7 @@ def synthesize(
         list[float] | None,
         typer.Option(min=0.0, help="0 is greedy; given more than once, prompts take turns. By default 0 and 1."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = 0,
 ) -> None:
