@@ -33,7 +33,7 @@ class Exactness:
     def __str__(self) -> str:
         if self.different:
             return f"{self.different} of {self.identical + self.near_ties + self.different} answers DIFFER"
-        return f"identical but for {self.near_ties} near-ties" if self.near_ties else "identical"
+        return f"identical but for near-ties in {self.near_ties}" if self.near_ties else "identical"
 
 
 def check_exactness(

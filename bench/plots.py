@@ -21,7 +21,7 @@ TIME = "time_split.png"
 EFFICIENCY = "efficiency_by_task.png"
 
 # More tokens than that in one step are rare, and are counted together.
-LONGEST = 8
+LONGEST = 10
 _ALL = "all"
 _PARTS = {"draft": "drafting", "steps": "steps of the target", "other": "other"}
 

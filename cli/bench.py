@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What a table on a terminal has room for.
-_SHOWN = ("Temperature", "Method", "Questions", "Tokens/s", "Speedup", "Median", "Least", "tau", "Same as plain")
+_SHOWN = ("Temperature", "Method", "Tokens/s", "Speedup", "Median", "Least", "tau")
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def report(console: Console, path: Path, output: Path | None) -> None:
     """
     records, setup = read_records(path), read_setup(path)
     console.print(_overview([row for row in summarize_methods(records) if row.task is None]))
-    line = "; ".join(str(setup[name]) for name in ("machine", "dtype", "threads") if name in setup)
-    console.print(line, highlight=False, markup=False)
+    facts = [f"{name} {setup[name]}" for name in ("machine", "dtype", "threads") if name in setup]
+    console.print("; ".join(facts), highlight=False, markup=False)
     if output is not None:
         console.print(f"Report: {write_report(records, setup, output)}", highlight=False, markup=False)
 
@@ -182,7 +182,7 @@ def report(console: Console, path: Path, output: Path | None) -> None:
 def _overview(rows: Sequence[Row]) -> Table:
     table = Table()
     for name in _SHOWN:
-        table.add_column(name, justify="left" if name in ("Temperature", "Method") else "right")
+        table.add_column(name, justify="left" if name in ("Temperature", "Method") else "right", no_wrap=True)
     for row in rows:
         texts = cells(row)
         table.add_row(*(texts[name] or "" for name in _SHOWN))

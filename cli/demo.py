@@ -100,7 +100,9 @@ def run_demo(
     else:
         exactness = check_exactness(target, inputs, comparisons)
     is_fine = exactness is None or not exactness.different
-    console.print(verdict(everything, exactness), style="bold" if is_fine else "bold red", highlight=False, markup=False)
+    console.print(
+        verdict(everything, exactness), style="bold" if is_fine else "bold red", highlight=False, markup=False
+    )
     return is_fine
 
 

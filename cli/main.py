@@ -22,6 +22,12 @@ bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
 
 DtypeOrAuto = Literal["auto", "float32", "bfloat16"]
+HeadOption = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of an FSPAD head; by default the one in this checkout.")
+]
+TargetOption = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of the target; by default the one that the head was trained for.")
+]
 
 
 class Dtype(StrEnum):
@@ -46,13 +52,8 @@ def one_line_errors() -> Iterator[None]:
 
 @app.command()
 def demo(
-    head: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of an FSPAD head; by default the one in this checkout.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub id of the target; by default the one that the head was trained for."),
-    ] = None,
+    head: HeadOption = None,
+    target: TargetOption = None,
     dtype: Annotated[
         DtypeOrAuto,
         typer.Option(
@@ -214,13 +215,8 @@ def bench(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write a table and plots to at the end.")] = None,
-    head: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of an FSPAD head; by default the one in this checkout.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub id of the target; by default the one that the head was trained for."),
-    ] = None,
+    head: HeadOption = None,
+    target: TargetOption = None,
     also: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="Another head to measure; may be given more than once."),
@@ -272,23 +268,10 @@ def bench(
 
         from .bench import BenchOptions, run_bench
 
-        options = BenchOptions(
-            questions=questions,
-            records=records,
-            output=output,
-            head=head,
-            target=target,
-            also=also or (),
-            dtype=dtype,
-            methods=method or (),
-            name=name,
-            all_turns=turns == "all",
-            per_category=per_category,
-            temperatures=temperature or (0.0,),
-            max_new_tokens=max_new_tokens,
-            early_exit=early_exit,
-        )
-        run_bench(Console(), options)
+        what = {"target": target, "head": head, "also": also or (), "methods": method or (), "early_exit": early_exit}
+        how = {"dtype": dtype, "temperatures": temperature or (0.0,), "max_new_tokens": max_new_tokens}
+        which = {"name": name, "all_turns": turns == "all", "per_category": per_category}
+        run_bench(Console(), BenchOptions(questions, records, output, **what, **how, **which))
 
 
 @bench_app.command("report")
