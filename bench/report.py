@@ -15,11 +15,14 @@ REPORT = "report.md"
 _EXPLANATION = """\
 *Speedup* is tokens per second by those of plain `generate`, prefill included, of each question with all of its turns; the
 table has mean, median and least of them. *tau* is the mean number of tokens per verification step, the target's own (bonus)
-token included; plain decoding has 1. *Same as plain* counts the answers that plain `generate` gave token for token. The
-shares of the time are drafting, steps of the target after the prefill (verification), and all else; what is not known of
-drafting is in *other*. *Efficiency* is tokens per second by those of plain `generate`, of all questions together, by
-tau * t(1) / t(n + 1): the speedup if nothing but the steps of the target took time, where t(1) is a step of plain decoding
-and t(n + 1) one that verifies."""
+token included; plain decoding has 1. *Same as plain* counts the answers that plain `generate` gave token for token.
+
+The shares of the time are drafting, steps of the target after the prefill, and all else. A head's step is the whole
+verification; of other methods only the forward passes are known, and their drafting is in *Other*.
+
+*Efficiency* is tokens per second by those of plain `generate`, of all questions together, by tau * t(1) / t(n + 1): the
+speedup if nothing but the steps of the target took time, where t(1) is a step of plain decoding and t(n + 1) one that
+verifies."""
 _COLUMNS = {
     "Temperature": lambda row: f"{row.temperature:g}" if row.temperature else "0 (greedy)",
     "Task": lambda row: row.task or "all",

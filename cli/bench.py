@@ -66,6 +66,11 @@ class BenchOptions:
     max_new_tokens: int = 128
     early_exit: int | None = None
 
+    @property
+    def prompts(self) -> str:
+        """What the set of questions is called."""
+        return self.name or self.questions.stem
+
 
 def run_bench(console: Console, options: BenchOptions) -> None:
     """Measure what is not measured yet, and print the results.
@@ -92,7 +97,7 @@ def run_bench(console: Console, options: BenchOptions) -> None:
         target,
         tokenizer,
         methods,
-        options.name or options.questions.stem,
+        options.prompts,
         questions,
         list(dict.fromkeys(options.temperatures)),
         options.max_new_tokens,
@@ -125,12 +130,13 @@ def find_setup(
     """
     return {
         "head_sha256": head_hash(head),
-        **{f"{name}_sha256": head_hash(other) for name, other in heads.items()},
+        **{f"also_{name}_sha256": head_hash(other) for name, other in heads.items()},
         "target": target.name_or_path,
         "target_revision": target_revision(target.config),
         **describe_setup(target.device, target.dtype),
         "methods": [method.name for method in methods],
         "early_exit": options.early_exit,
+        "prompts": options.prompts,
         "questions_sha256": hashlib.sha256(options.questions.read_bytes()).hexdigest(),
         "turns": "all" if options.all_turns else "first",
         "max_new_tokens": options.max_new_tokens,

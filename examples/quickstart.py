@@ -1,4 +1,4 @@
-"""SmolLM2 answers one question plain and with its FSPAD head: the same text, in fewer steps of the target."""
+"""SmolLM2 answers one question plain and with its FSPAD head, which takes fewer steps of the target."""
 
 import time
 from pathlib import Path
@@ -28,6 +28,6 @@ end = time.perf_counter()
 is_same = assisted.sequences.equal(plain.sequences)
 assert is_same or target.dtype != torch.float32
 print(tokenizer.decode(assisted.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-print(f"\n{target.dtype}: {'the same text' if is_same else 'another text, from a near-tie on'}")
+print("\nThe same text both ways." if is_same else f"\nThe texts part at a near-tie, as they may in {target.dtype}.")
 tau = mean_tokens_per_step(assisted.accept_lengths.tolist())
 print(f"tau {tau:.2f}; plain {middle - start:.1f} s, with the head {end - middle:.1f} s")

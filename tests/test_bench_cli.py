@@ -54,7 +54,7 @@ def test_all_methods_on_all_questions(files):
     }
     setup = read_setup(files / "records.jsonl")
     assert (setup["methods"], setup["early_exit"], setup["dtype"]) == (methods, 2, "float32")
-    assert setup["head_sha256"] != setup["eagle_sha256"]
+    assert setup["head_sha256"] != setup["also_eagle_sha256"]
     assert "fspad-chain" in result.output
     assert "# Benchmark: Some questions" in (files / "report" / "report.md").read_text()
     greedy = {(r.place, tuple(r.answer.token_ids)) for r in records if r.temperature == 0}
@@ -93,6 +93,7 @@ def test_a_file_takes_in_more_questions_and_temperatures(files):
         (("--max-new-tokens", 6), "max_new_tokens 5, now 6"),
         (("--dtype", "bfloat16"), "dtype 'float32', now 'bfloat16'"),
         (("--turns", "first"), "turns 'all', now 'first'"),
+        (("--name", "some"), "prompts 'questions', now 'some'"),
         (("--method", "fspad-chain"), "methods"),
         (("--head", "eagle"), "head_sha256"),
     ],
