@@ -12,8 +12,6 @@ import fspad
 from fspad.draft_source import DraftSource
 
 
-
-
 @pytest.fixture(autouse=True)
 def _seed_and_threads():
     torch.manual_seed(0)
