@@ -7,7 +7,8 @@ from conftest import SIZES, know_the_future, make_head, make_target
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from fspad.tree_attention import VerificationMode, check_rollback, choose_verification
+from fspad.verification import Verifier
+from fspad.verification_mode import VerificationMode, check_rollback
 
 PROMPT = torch.tensor([[1, 2, 3, 4]])
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -17,7 +18,7 @@ NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 def messages(monkeypatch):
     """What `warning_once` said, without its memory of earlier tests."""
     said = []
-    for module in ("generation_fspad", "tree_attention"):
+    for module in ("generation_fspad", "verification_mode"):
         logger = transformers_logging.get_logger(f"fspad.{module}")
         monkeypatch.setattr(logger, "warning_once", said.append, raising=False)
     return said
@@ -78,13 +79,13 @@ def test_chain(name, messages):
     assert any("chain instead of a tree" in message for message in messages)
 
 
-def test_token_types_of_a_chain_are_those_of_plain_decoding(monkeypatch):
+def test_token_types_of_a_chain_are_those_of_plain_decoding():
     target = build(chain_targets()["gpt_neo"])
     head = make_head(target)
     types = torch.tensor([[5, 3, 7, 2]])
     options = {"token_type_ids": types, "max_new_tokens": 20, "do_sample": False}
     plain = target.generate(PROMPT, **options)
-    know_the_future(monkeypatch, plain, seed=1)
+    know_the_future(head, plain, seed=1)
     output = target.generate(PROMPT, assistant_model=head, return_dict_in_generate=True, **options)
     assert torch.equal(output.sequences, plain)
     assert output.accept_lengths.max() > 2
@@ -104,7 +105,7 @@ def test_attentions_of_a_target_with_layers_that_have_none():
 def test_image_states_in_the_cache_decode_plainly():
     target = make_target()
     target.config.cross_attention_layers = [1]
-    mode, reason = choose_verification(target, DynamicCache(config=target.config))
+    mode, reason = Verifier.decide(target, DynamicCache(config=target.config))
     assert mode is VerificationMode.PLAIN
     assert "image states" in reason
 
@@ -121,28 +122,28 @@ def test_layers_that_hold_different_tokens_are_refused():
 def test_attention_without_masks_takes_the_chain(attention):
     target = make_target()
     target.config._attn_implementation_internal = attention
-    mode, reason = choose_verification(target, DynamicCache(config=target.config))
+    mode, reason = Verifier.decide(target, DynamicCache(config=target.config))
     assert mode is VerificationMode.CHAIN
     assert attention in reason
 
 
 def test_offloaded_cache_takes_the_chain():
     target = make_target()
-    mode, _ = choose_verification(target, DynamicCache(config=target.config, offloading=True))
+    mode, _ = Verifier.decide(target, DynamicCache(config=target.config, offloading=True))
     assert mode is VerificationMode.CHAIN
 
 
 def test_chunked_attention_takes_the_chain():
     target = make_target()
     target.config.layer_types = ["chunked_attention", "full_attention", "full_attention"]
-    mode, _ = choose_verification(target, DynamicCache())
+    mode, _ = Verifier.decide(target, DynamicCache())
     assert mode is VerificationMode.CHAIN
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "mixtral"])
 def test_known_families_take_the_tree(family):
     target = make_target(family)
-    assert choose_verification(target, DynamicCache(config=target.config)) == (VerificationMode.TREE, None)
+    assert Verifier.decide(target, DynamicCache(config=target.config)) == (VerificationMode.TREE, None)
 
 
 def test_recurrent_targets_decode_plainly(messages):
