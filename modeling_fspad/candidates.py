@@ -60,6 +60,30 @@ class Candidates:
         """
         return sorted(range(1, len(self.scores)), key=lambda node: -self.scores[node])
 
+    def best_path(self) -> list[int]:
+        """The path, from the root down, on which most tokens are expected to be accepted: for targets that verify a chain."""
+        gains, best_child = [0.0] * len(self), [0] * len(self)
+        for node in range(len(self) - 1, 0, -1):
+            gain = math.exp(self.scores[node]) + gains[node]
+            parent = self.parents[node]
+            if best_child[parent] == 0 or gain > gains[parent]:
+                gains[parent], best_child[parent] = gain, node
+        path, node = [], 0
+        while node := best_child[node]:
+            path.append(node)
+        return path
+
+    def only(self, path: list[int]) -> Candidates:
+        """These candidates without any but those of one path.
+
+        Args:
+            path: Nodes from a child of the root down.
+        """
+        chain, node = Candidates(self.tokens[0]), 0
+        for index in path:
+            node = chain.add(node, self.tokens[index], self.scores[index])
+        return chain
+
     def expected_tokens(self, ranking: Sequence[int]) -> list[float]:
         """How many drafts would be accepted, if the first n of a ranking were verified, for n = 0, 1, 2, ..."""
         return list(accumulate((math.exp(self.scores[node]) for node in ranking), initial=0.0))

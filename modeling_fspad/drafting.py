@@ -16,11 +16,13 @@ class Drafter:
     Args:
         sources: Who proposes, the cheapest first.
         size: How much is drafted and verified.
+        is_chain: Whether the target can only verify one draft after the other.
     """
 
-    def __init__(self, sources: list[DraftSource], size: DraftSize):
+    def __init__(self, sources: list[DraftSource], size: DraftSize, is_chain: bool = False):
         self.sources = sources
         self.size = size
+        self.is_chain = is_chain
 
     def extend(self, emitted: Emitted) -> None:
         """Show the sources what the target has emitted.
@@ -45,5 +47,7 @@ class Drafter:
         candidates = [Candidates(root) for root in self._roots]
         for source in self.sources:
             source.propose(candidates, self.size, max_depth)
+        if self.is_chain:
+            candidates = [row.only(row.best_path()) for row in candidates]
         rows = [row.select(self.size.choose(row)) for row in candidates]
         return DraftTree([tokens for tokens, _ in rows], [parents for _, parents in rows], device)

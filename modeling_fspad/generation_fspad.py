@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,15 +15,18 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .acceptance import TokenChooser
+from .automatic_size import AutomaticSize
 from .decoding_loop import DecodingLoop
-from .draft_size import DraftSize, FixedSize
+from .draft_size import FixedSize
 from .draft_source import DraftSource
 from .drafting import Drafter
 from .head_source import HeadSource
 from .hook import install_hook
+from .lookup_source import LookupSource
 from .plain_decoding import decode_plainly
 from .position_limits import position_table_length
 from .provenance import warn_of_another_target
+from .step_costs import costs_of
 from .target import check_target, device_of
 from .verification import Verifier
 from .verification_mode import VerificationMode
@@ -103,7 +106,7 @@ class AssistedDecodingMixin:
         warn_of_another_target(self.config, target)
         self.config.check_drafting()
         check_inputs(input_ids, model_kwargs)
-        knobs = drafting_knobs(self.config, generation_config)
+        num_draft_tokens, threshold = drafting_options(self.config, generation_config)
         padding_mask = model_kwargs.get("attention_mask")
         padding = 0 if padding_mask is None else int((padding_mask == 0).sum())
         cache, attentions = model_kwargs.get("past_key_values"), bool(model_kwargs.get("output_attentions"))
@@ -139,9 +142,14 @@ class AssistedDecodingMixin:
             keep_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
         )
         verifier = Verifier(target, mode, generation_config, model_kwargs)
-        top_k = 1 if mode is VerificationMode.CHAIN else self.config.draft_top_k
+        is_chain = mode is VerificationMode.CHAIN
+        top_k = 1 if is_chain else self.config.draft_top_k
         sources = evaluating(self).draft_sources(target, input_ids, top_k)
-        loop = DecodingLoop(verifier, Drafter(sources, knobs), chooser)
+        if num_draft_tokens == "auto":
+            size = AutomaticSize(costs_of(target, mode), self.config.draft_depth)
+        else:
+            size = FixedSize(num_draft_tokens, self.config.draft_depth, threshold)
+        loop = DecodingLoop(verifier, Drafter(sources, size, is_chain), chooser)
         sequences = loop.run(input_ids)
         if streamer is not None:
             streamer.end()
@@ -169,7 +177,8 @@ class AssistedDecodingMixin:
             prompt_ids: The prompt, of shape `(batch, length)`.
             top_k: Children that a node may have; 1 where only a chain can be verified.
         """
-        return [HeadSource(self, target, top_k, prompt_ids)]
+        head = HeadSource(self, target, top_k, prompt_ids)
+        return [LookupSource(), head] if self.config.lookup else [head]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -235,8 +244,10 @@ def check_inputs(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> N
         raise ValueError("the prompt is empty: expected at least one token, e.g. the target's bos token, got none.")
 
 
-def drafting_knobs(config: FSPADConfig, generation_config: GenerationConfig) -> DraftSize:
-    """The size of drafts for one call.
+def drafting_options(
+    config: FSPADConfig, generation_config: GenerationConfig
+) -> tuple[int | Literal["auto"], float | None]:
+    """How much to draft in one call.
 
     `generate(num_assistant_tokens=..., assistant_confidence_threshold=...)` overrule the head's configuration. The
     values that transformers fills in by itself (20 and 0.4) cannot be told from an omission and count as one.
@@ -244,6 +255,9 @@ def drafting_knobs(config: FSPADConfig, generation_config: GenerationConfig) -> 
     Args:
         config: The head's configuration.
         generation_config: The options of `generate`.
+
+    Returns:
+        The number of tokens to verify, or `"auto"`, and the confidence at which a fixed number of them ends early.
 
     Raises:
         ValueError: If `num_assistant_tokens` is no positive integer.
@@ -258,8 +272,8 @@ def drafting_knobs(config: FSPADConfig, generation_config: GenerationConfig) -> 
     if num_draft_tokens is None:
         num_draft_tokens = config.num_draft_tokens
     elif not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
-        raise ValueError(f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: drop it or raise it.")
-    return FixedSize(num_draft_tokens, config.draft_depth, given("assistant_confidence_threshold"))
+        raise ValueError(f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it.")
+    return num_draft_tokens, given("assistant_confidence_threshold")
 
 
 def evaluating(head: nn.Module) -> nn.Module:
