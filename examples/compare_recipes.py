@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fspad import FSPADConfig, FSPADModel
-from fspad.bench.measuring import measure
+from fspad.bench.measuring import mean_tokens_per_step, measure
 from fspad.cli.loading import encode, read_prompts
 from fspad.cli.smollm2 import load_smollm2
 from fspad.cli.train import load_dialogues
@@ -240,7 +240,7 @@ def report(options: argparse.Namespace) -> Table:
         for entry in (entry for seed in options.seeds for entry in read_result(options, name, seed) or []):
             column = f"{entry['prompts']} T={entry['temperature']:g}"
             lengths = entry["accept_lengths"]
-            taus.setdefault(column, {}).setdefault(name, []).append(sum(lengths) / len(lengths))
+            taus.setdefault(column, {}).setdefault(name, []).append(mean_tokens_per_step(lengths))
     table = Table(Column("Recipe", no_wrap=True), *taus, title="tau")
     for name in options.recipes:
         table.add_row(name, *(_describe(column.get(name, [])) for column in taus.values()))

@@ -32,17 +32,21 @@ class AutomaticSize:
     Args:
         costs: What steps cost.
         depth: Levels that may be expanded after the first.
+        confidence_threshold: Stop when the best path of the last level is less probable than this; `None` for never.
     """
 
-    needs_scores = False
+    is_automatic = True
 
-    def __init__(self, costs: StepCosts, depth: int):
+    def __init__(self, costs: StepCosts, depth: int, confidence_threshold: float | None = None):
+        self.needs_scores = confidence_threshold is not None
+        self.confidence_threshold = confidence_threshold
         self.max_candidates = MAX_CANDIDATES
         self.costs = costs
         self.depth = depth
         # Of the last steps, as averages
         self._tokens, self._seconds = 1.0, costs.verify(1)
         self.kept = _KEPT
+        self._has_drafted = False
         # What asking the head has been worth, in tokens: where others had no good draft already, and where they had
         self._worth = {False: math.inf, True: math.inf}
         self._pause = {False: 0, True: 0}
@@ -57,7 +61,8 @@ class AutomaticSize:
 
     def wants_level(self, candidates: Candidates, level: int, scores: list[float] | None) -> bool:
         """Whether what a level can add is worth its time."""
-        if level > self.depth:
+        is_unsure = self.needs_scores and scores and math.exp(max(scores)) < self.confidence_threshold
+        if level > self.depth or is_unsure:
             return False
         if self.costs.trial is not None:
             wants = self.costs.trial > 1
@@ -80,8 +85,10 @@ class AutomaticSize:
 
     def end(self, num_nodes: int, num_emitted: int, draft_seconds: float | None, verify_seconds: float | None) -> None:
         """Learn from the times of the step."""
-        if self._levels and draft_seconds is not None:
+        # Not of the first draft, for which the head takes in the whole prompt
+        if self._levels and self._has_drafted and draft_seconds is not None:
             self.costs.observe_draft(self._levels, draft_seconds)
+        self._has_drafted |= self._levels > 0
         if verify_seconds is not None:
             self.costs.observe_verify(num_nodes, verify_seconds)
         seconds = self.costs.verify(num_nodes) + self.costs.draft(self._levels)

@@ -63,6 +63,10 @@ class DecodingLoop:
         self, features: torch.Tensor, input_ids: torch.LongTensor, inputs: dict, past_length: int
     ) -> None:
         length, prompt_embeds = features.shape[1], inputs.get("inputs_embeds")
+        if prompt_embeds is None and length >= input_ids.shape[1]:  # states of an image stand before the text
+            past_length += length - input_ids.shape[1] + 1
+            length = input_ids.shape[1] - 1
+            features = features[:, -length:]
         if prompt_embeds is not None:
             first_token = embed_tokens(self.verifier.target, input_ids[:, -1:])
             next_embeds = torch.cat([prompt_embeds[:, prompt_embeds.shape[1] - length + 1 :], first_token], dim=1)

@@ -13,6 +13,8 @@ class DraftSize(Protocol):
 
     max_candidates: int
     """Most nodes that a source needs to propose."""
+    is_automatic: bool
+    """Whether estimated probabilities shall be as true as can be; the reference tree takes those of the head as they are."""
     needs_scores: bool
     """Whether `wants_level` must know scores even where the host has to wait for them."""
 
@@ -55,6 +57,8 @@ class FixedSize:
         depth: Levels that are expanded after the first.
         confidence_threshold: Stop when the best path of the last level is less probable than this; `None` for never.
     """
+
+    is_automatic = False
 
     def __init__(self, num_draft_tokens: int, depth: int, confidence_threshold: float | None = None):
         self.max_candidates = num_draft_tokens

@@ -146,7 +146,7 @@ class AssistedDecodingMixin:
         top_k = 1 if is_chain else self.config.draft_top_k
         sources = evaluating(self).draft_sources(target, input_ids, top_k)
         if num_draft_tokens == "auto":
-            size = AutomaticSize(costs_of(target, mode), self.config.draft_depth)
+            size = AutomaticSize(costs_of(target, mode), self.config.draft_depth, threshold)
         else:
             size = FixedSize(num_draft_tokens, self.config.draft_depth, threshold)
         loop = DecodingLoop(verifier, Drafter(sources, size, is_chain), chooser)
@@ -167,9 +167,7 @@ class AssistedDecodingMixin:
             verify_time=loop.verify_watch.seconds(),
         )
 
-    def draft_sources(
-        self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int
-    ) -> list[DraftSource]:
+    def draft_sources(self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int) -> list[DraftSource]:
         """Who drafts for one call of `generate`, the cheapest first. Override it to add a source of your own.
 
         Args:
@@ -257,7 +255,7 @@ def drafting_options(
         generation_config: The options of `generate`.
 
     Returns:
-        The number of tokens to verify, or `"auto"`, and the confidence at which a fixed number of them ends early.
+        The number of tokens to verify, or `"auto"`, and the confidence below which drafting ends early.
 
     Raises:
         ValueError: If `num_assistant_tokens` is no positive integer.
@@ -272,7 +270,9 @@ def drafting_options(
     if num_draft_tokens is None:
         num_draft_tokens = config.num_draft_tokens
     elif not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
-        raise ValueError(f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it.")
+        raise ValueError(
+            f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it."
+        )
     return num_draft_tokens, given("assistant_confidence_threshold")
 
 

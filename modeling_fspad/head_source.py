@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
+from .calibration import Calibration
 from .candidates import Candidates
 from .draft_size import DraftSize
 from .draft_source import DraftSource, Emitted
@@ -84,10 +85,15 @@ class HeadSource(DraftSource):
         self.looks_between_levels = self.lm_head.device.type == "cpu"
         self.cache = DynamicCache()
         self.padding_mask: torch.Tensor | None = None
+        self.calibration = Calibration()
         self._pending: list[Emitted] = []
+        self._drafted: list[list[tuple[int, int, int, float]]] = []
 
     def extend(self, emitted: Emitted) -> None:
-        """Keep what was emitted until the head is asked again, which then takes it in at once."""
+        """Judge the last draft, and keep what was emitted until the head is asked again, which then takes it in at once."""
+        for drafted, token_ids in zip(self._drafted, emitted.token_ids, strict=False):
+            self.calibration.learn(drafted, token_ids)
+        self._drafted = []
         self._pending.append(emitted)
 
     def propose(self, candidates: list[Candidates], size: DraftSize, max_depth: int) -> None:
@@ -104,16 +110,22 @@ class HeadSource(DraftSource):
                 break
             frontier = self._next_level(nodes, frontier, level)
         self.cache.crop(-(frontier.visible.shape[-1] - frontier.visible.shape[1]))
-        for row, drafted in zip(candidates, nodes.best(size.max_candidates), strict=True):
-            numbers = {-1: 0}
+        self._drafted = nodes.best(size.max_candidates)
+        for row, drafted in zip(candidates, self._drafted, strict=True):
+            numbers, depths = {-1: 0}, {-1: 0}
             for index, token, parent, score in drafted:
-                numbers[index] = row.add(numbers[parent], token, score)
+                depth = depths[index] = depths[parent] + 1
+                correction = self.calibration.correction(depth) if size.is_automatic else 0.0
+                numbers[index] = row.add(numbers[parent], token, score + correction)
 
     def _is_wanted(
         self, candidates: list[Candidates], size: DraftSize, level: int, scores: torch.Tensor | None
     ) -> bool:
         looks = scores is not None and (self.looks_between_levels or size.needs_scores)
-        rows = scores.tolist() if looks else [None] * len(candidates)
+        rows = [None] * len(candidates)
+        if looks:
+            correction = self.calibration.correction(level) if size.is_automatic else 0.0
+            rows = [[score + correction for score in own] for own in scores.tolist()]
         return any(size.wants_level(row, level, own) for row, own in zip(candidates, rows, strict=True))
 
     def _catch_up(self) -> None:

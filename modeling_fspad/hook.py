@@ -102,6 +102,11 @@ def check_target_and_drafts(target: GenerationMixin, generation_config: Generati
                 f"`{name}` and an FSPAD head are two sources of drafts, only one can be used: drop `{name}` or "
                 "`assistant_model`."
             )
+    if getattr(generation_config, "dola_layers", None) is not None:
+        raise ValueError(
+            "`dola_layers` decodes in another way, which an FSPAD head cannot assist: drop `dola_layers` or "
+            "`assistant_model`."
+        )
     if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
         raise ValueError(
             "`assistant_ensemble_weight` mixes an assistant's probabilities into the text, and an FSPAD head never changes "

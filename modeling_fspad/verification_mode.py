@@ -35,7 +35,9 @@ CHAIN_LAYER_TYPES = TREE_LAYER_TYPES | {"chunked_attention", "conv"}
 CHAIN_CACHE_LAYERS = (DynamicLayer, LinearAttentionLayer, SHARED_LAYER)
 
 # Beyond so many tokens attention may change, and a probe must be longer than that to see it
-_SPANS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "index_topk")
+_SPANS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
+# Of attention to a selection of keys, which depends on whatever else is in the forward pass
+_SELECTIONS = ("index_topk", "keep_window_size")
 _LONGEST_PROBE = 4096
 _PROBE_LENGTH = 12
 # The largest difference of two logits, by the standard deviation of all: rounding, and what a wrong mask is far above
@@ -70,7 +72,10 @@ def decide_by_rule(target: PreTrainedModel, cache: Cache | None) -> tuple[Verifi
         return VerificationMode.PLAIN, f"{name} has a recurrent state that cannot be rolled back"
     forward_arguments = inspect.signature(target.forward).parameters
     if hasattr(target.forward, "_torchdynamo_orig_callable"):
-        return VerificationMode.PLAIN, f"the forward pass of {name} is compiled, and its features cannot be read inside"
+        return (
+            VerificationMode.PLAIN,
+            f"the forward pass of {name} is compiled, and its features cannot be read inside",
+        )
     if "past_key_values" not in forward_arguments:
         return VerificationMode.PLAIN, f"{name} has no cache"
     if "prepare_inputs_for_generation" in vars(target):
@@ -78,6 +83,8 @@ def decide_by_rule(target: PreTrainedModel, cache: Cache | None) -> tuple[Verifi
         return VerificationMode.PLAIN, f"a wrapper of {name} adds virtual tokens to its inputs"
     if common_value(text_config, "cross_attention_layers"):
         return VerificationMode.PLAIN, f"{name} keeps image states in its cache"
+    if any(isinstance(common_value(text_config, selection), int) for selection in _SELECTIONS):
+        return VerificationMode.PLAIN, f"{name} attends to a selection of keys, which drafts would change"
     if type(cache) is not DynamicCache:
         return VerificationMode.PLAIN, f"{type(cache).__name__} cannot be rolled back"
     cache_layers = {type(layer) for layer in cache.layers} or {DynamicLayer}

@@ -13,8 +13,8 @@ from accelerate.utils import extract_model_from_parallel, gather_object
 from transformers.utils import logging
 
 from fspad.bench import measuring
-from fspad.target import device_of
 from fspad.position_limits import position_table_length
+from fspad.target import device_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
