@@ -7,6 +7,7 @@ import torch
 from comparing import assert_same, check_accept_lengths, generate
 from conftest import know_the_future, make_head, make_target
 from families import make_family
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fspad.position_limits import PositionLimits, position_table_length
 
@@ -42,39 +43,61 @@ def make_prompt(length=10):
     return torch.randint(1, 8, (1, length))
 
 
-@pytest.mark.parametrize("max_new_tokens", [14, 15])
-def test_positions_end_where_the_target_ends(max_new_tokens):
-    """Learned positions are a table: no draft may look beyond its end, where plain decoding never looks."""
-    target = make_target("gpt2", vocab_size=9, n_positions=24)
-    compare(target, make_prompt(), max_new_tokens=max_new_tokens)
+class StopAfter(StoppingCriteria):
+    """Stops where nobody can see it coming: drafts would reach beyond."""
+
+    def __init__(self, num_new_tokens, prompt):
+        self.length = prompt.shape[1] + num_new_tokens
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+
+def compare_to_the_end(target, prompt, num_new_tokens, **options):
+    criteria = StoppingCriteriaList([StopAfter(num_new_tokens, prompt)])
+    plain = generate(target, prompt, max_new_tokens=100, do_sample=False, stopping_criteria=criteria, **options)
+    assert plain.sequences.shape[1] == prompt.shape[1] + num_new_tokens
+    longer = torch.cat([plain.sequences, make_prompt(9)], dim=1)
+    for seed in range(1, 5):
+        head = make_head(target)
+        know_the_future(head, longer, seed)  # and more of it than there will be
+        ours = generate(
+            target, prompt, head, max_new_tokens=100, do_sample=False, stopping_criteria=criteria, **options
+        )
+        assert_same(plain, ours, f"seed {seed}")
+        assert ours.accept_lengths.max() > 2
+    compare(target, prompt, max_new_tokens=num_new_tokens, **options)
 
 
 # The last token is never fed, so there may be one token more than there are positions
-@pytest.mark.parametrize("max_new_tokens", [22, 23])
+@pytest.mark.parametrize("num_new_tokens", [22, 23])
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
+        ("gpt2", {"n_positions": 32, "vocab_size": 9}),
         ("gptj", {"n_positions": 32}),
         ("codegen", {"n_positions": 32}),
         ("ctrl", {"n_positions": 32}),
         ("mpt", {"max_seq_len": 32}),
+        ("biogpt", {"max_position_embeddings": 32}),
     ],
 )
-def test_other_tables_end_too(family, sizes, max_new_tokens):
-    compare(make_family(family, **sizes), make_prompt(), max_new_tokens=max_new_tokens)
+def test_positions_end_where_the_target_ends(family, sizes, num_new_tokens):
+    """Positions in a table: no draft may look beyond its end, where plain decoding never looks."""
+    make = make_target if family == "gpt2" else make_family
+    compare_to_the_end(make(family, **sizes), make_prompt(), num_new_tokens)
 
 
-@pytest.mark.parametrize("offset", [3, 6, 9])
+@pytest.mark.parametrize("offset", [3, 9])
 def test_a_table_and_the_users_own_positions(offset):
     target = make_target("gpt2", vocab_size=9, n_positions=32)
-    positions = torch.arange(10)[None] + offset
-    compare(target, make_prompt(), max_new_tokens=23 - offset, position_ids=positions)
+    compare_to_the_end(target, make_prompt(), 23 - offset, position_ids=torch.arange(10)[None] + offset)
 
 
 def test_padding_takes_no_positions():
     target = make_target("gpt2", vocab_size=9, n_positions=24)
     prompt, mask = torch.ones(1, 30, dtype=torch.long), torch.tensor([[0] * 20 + [1] * 10])
-    compare(target, prompt, max_new_tokens=15, attention_mask=mask)
+    compare_to_the_end(target, prompt, 15, attention_mask=mask)
 
 
 def test_prompts_longer_than_the_targets_positions_are_refused():
