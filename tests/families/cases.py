@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from conftest import make_head
+from images import image_inputs
 from tiny_models import FIRST_SPECIAL, MAX_POSITIONS, VOCAB_SIZE, WINDOW, TinyType, build
 from transformers import PreTrainedModel, StoppingCriteria
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
 from fspad.drafting import Drafter
@@ -178,6 +180,8 @@ CASES = {
         Case("window, padded, eager", lambda target: _greedy(WINDOW + 4, padding=4), attention="eager"),
         Case("limit", _up_to_the_limit),
         Case("from embeddings", lambda target: _from_embeddings(target)),
+        Case("image", lambda target: _with_image(target)),
+        Case("image, sampled", lambda target: _with_image(target, do_sample=True)),
     )
 }
 # What changes with the kind of RoPE
@@ -186,7 +190,10 @@ ROPE_CASES = ("greedy", "sampled", "padded", "second turn", "positions", "positi
 
 def cases_of(tiny_type: TinyType) -> list[Case]:
     """The cases that say something about a type."""
-    return [case for case in CASES.values() if tiny_type.rope is None or case.name in ROPE_CASES]
+    if tiny_type.rope is not None:
+        return [CASES[name] for name in ROPE_CASES]
+    sees = tiny_type.sees or tiny_type.name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return [case for case in CASES.values() if sees or not case.name.startswith("image")]
 
 
 def _from_embeddings(target: PreTrainedModel) -> dict[str, Any]:
@@ -194,6 +201,13 @@ def _from_embeddings(target: PreTrainedModel) -> dict[str, Any]:
     with torch.no_grad():
         embeds = target.get_input_embeddings()(options.pop("input_ids"))
     return options | {"inputs_embeds": embeds}
+
+
+def _with_image(target: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    inputs = image_inputs(target, prompt_of(6)["input_ids"])
+    if inputs is None:
+        raise ValueError("no known form of image is accepted")
+    return _greedy() | inputs | options
 
 
 # --- Running and comparing ---
