@@ -296,6 +296,9 @@ def _check(tiny_type: TinyType, case: Case, dtype: torch.dtype) -> Result:
         is_clear = isinstance(error, ValueError) and "FSPAD head" in str(error)
         result.outcome, result.detail = "refused" if is_clear else "crashed", _said(error)
         return result
+    if not all(hasattr(output, "accept_lengths") for output in ours):
+        result.detail = "has a `generate` of its own, which asks no assistant"
+        return result
     result.mode, result.reason = (*mode, "")[:2]
     result.accepted = max(int(output.accept_lengths.max()) for output in ours if output.accept_lengths.numel())
     result.outcome, result.detail = _compare_turns(plain, ours)
