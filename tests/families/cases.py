@@ -220,8 +220,8 @@ class Result:
     Args:
         type: The type, as written by `TinyType`.
         case: Name of the case.
-        outcome: `identical`, `near tie`, `fp64 only` (equal in fp64, blurred in fp32), `refused`, `different`,
-            `crashed`, or `not applicable` where plain decoding fails too or nothing can be built.
+        outcome: `identical`, `near tie`, `refused`, `different`, `crashed`, or `not applicable` where plain decoding
+            fails too or nothing can be built.
         mode: `tree`, `chain` or `plain`; empty where nothing ran.
         reason: Why it is no tree, from the warning.
         accepted: The longest step.
@@ -260,7 +260,7 @@ def run(target: PreTrainedModel, options: dict[str, Any], head: Any = None, seed
 def check(tiny_type: TinyType, case: Case) -> Result:
     """Run a case plainly and with a head, and compare.
 
-    A difference at a near tie, or one that is gone in fp64, is excused and said.
+    A difference at a near tie is excused if it is gone in fp64, and said; no other is.
 
     Args:
         tiny_type: The type.
@@ -269,10 +269,10 @@ def check(tiny_type: TinyType, case: Case) -> Result:
     result = _check(tiny_type, case, torch.float32)
     if result.outcome in ("different", "near tie"):
         again = _check(tiny_type, case, torch.float64)
-        if again.outcome == "identical":
-            result.outcome = "near tie" if result.outcome == "near tie" else "fp64 only"
-        elif again.outcome == "different":
+        if again.outcome == "different":
             result.outcome, result.detail = "different", again.detail + " (fp64)"
+        elif result.outcome == "different" and again.outcome == "identical":
+            result.detail += " (equal in fp64)"
     return result
 
 
