@@ -64,7 +64,9 @@ class FSPADConfig(PreTrainedConfig):
             `False` makes them the same vector.
         draft_depth: Levels of the draft tree that are expanded after the first.
         draft_top_k: Nodes that are expanded at each level, and children that each of them gets.
-        num_draft_tokens: Tokens of a draft tree that are verified, the root not counted.
+        num_draft_tokens: Tokens of a draft tree that are verified, the root not counted; `"auto"` for as many as pay on
+            the machine, which may be none.
+        lookup: Whether earlier occurrences of the last tokens, in prompt and output, are drafted from as well.
         draft_vocab_size: How many of the most frequent tokens the head scores, beside those of the prompt; `None` for the
             target's vocabulary.
         target_model_name: Hub id (or name) of the target that the head was trained for.
@@ -96,7 +98,8 @@ class FSPADConfig(PreTrainedConfig):
     partial_alignment: bool = True
     draft_depth: int = 5
     draft_top_k: int = 8
-    num_draft_tokens: int = 59
+    num_draft_tokens: int | str = "auto"
+    lookup: bool = True
     draft_vocab_size: int | None = None
     target_model_name: str | None = None
     target_revision: str | None = None
@@ -205,7 +208,9 @@ class FSPADConfig(PreTrainedConfig):
             ValueError: If one of them is not an integer in its range.
         """
         for name, at_least in (("draft_depth", 0), ("draft_top_k", 1), ("num_draft_tokens", 1)):
-            check_integer(name, getattr(self, name), at_least, at_most=MOST[name])
+            if name != "num_draft_tokens" or self.num_draft_tokens != "auto":
+                check_integer(name, getattr(self, name), at_least, at_most=MOST[name])
+        check_flag("lookup", self.lookup)
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "FSPADConfig":
@@ -221,10 +226,7 @@ class FSPADConfig(PreTrainedConfig):
         Raises:
             ValueError: If the target is an encoder-decoder model.
         """
-        if getattr(target_config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"an FSPAD head needs a decoder-only target, got the encoder-decoder {target_config.model_type!r}"
-            )
+        check_decoder_only(target_config)
         text = target_config.get_text_config(decoder=True)
         values = {
             "vocab_size": text.vocab_size,
@@ -240,6 +242,22 @@ class FSPADConfig(PreTrainedConfig):
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             values[token] = getattr(text, token, None)
         return cls(**{**values, **overrides})
+
+
+def check_decoder_only(target_config: PreTrainedConfig) -> None:
+    """Refuse targets whose decoder reads an encoder.
+
+    Args:
+        target_config: Configuration of a target.
+
+    Raises:
+        ValueError: If it is that of an encoder-decoder model.
+    """
+    if getattr(target_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"an FSPAD head assists decoder-only models, got the encoder-decoder {target_config.model_type!r}: call "
+            "`generate` without `assistant_model`."
+        )
 
 
 def _first_int(config: PreTrainedConfig, *names: str) -> int | None:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .acceptance import TokenChooser
+from .automatic_size import AutomaticSize
 from .decoding_loop import DecodingLoop
-from .drafting import Drafter, DraftingKnobs
+from .draft_size import FixedSize
+from .draft_source import DraftSource
+from .drafting import Drafter
+from .head_source import HeadSource
+from .hook import install_hook
+from .lookup_source import LookupSource
 from .plain_decoding import decode_plainly
+from .position_limits import position_table_length
 from .provenance import warn_of_another_target
+from .step_costs import costs_of
 from .target import check_target, device_of
-from .tree_attention import VerificationMode, choose_verification, learned_positions
-from .verification import TokenChooser
+from .verification import Verifier
+from .verification_mode import VerificationMode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +106,11 @@ class AssistedDecodingMixin:
         warn_of_another_target(self.config, target)
         self.config.check_drafting()
         check_inputs(input_ids, model_kwargs)
-        mode, reason = choose_verification(target, model_kwargs.get("past_key_values"))
+        num_draft_tokens, threshold = drafting_options(self.config, generation_config)
+        padding_mask = model_kwargs.get("attention_mask")
+        padding = 0 if padding_mask is None else int((padding_mask == 0).sum())
+        cache, attentions = model_kwargs.get("past_key_values"), bool(model_kwargs.get("output_attentions"))
+        mode, reason = Verifier.decide(target, cache, attentions, padding)
         if input_ids.shape[0] > 1:
             mode, reason = VerificationMode.PLAIN, f"the batch has {input_ids.shape[0]} rows, one is supported"
         elif synced_gpus:
@@ -126,8 +141,15 @@ class AssistedDecodingMixin:
             keep_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
             keep_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
         )
-        drafter = Drafter(self, target, drafting_knobs(self.config, generation_config, mode), input_ids)
-        loop = DecodingLoop(target, drafter, chooser, mode, generation_config, model_kwargs)
+        verifier = Verifier(target, mode, generation_config, model_kwargs)
+        is_chain = mode is VerificationMode.CHAIN
+        top_k = 1 if is_chain else self.config.draft_top_k
+        sources = evaluating(self).draft_sources(target, input_ids, top_k)
+        if num_draft_tokens == "auto":
+            size = AutomaticSize(costs_of(target, mode), self.config.draft_depth, threshold)
+        else:
+            size = FixedSize(num_draft_tokens, self.config.draft_depth, threshold)
+        loop = DecodingLoop(verifier, Drafter(sources, size, is_chain), chooser)
         sequences = loop.run(input_ids)
         if streamer is not None:
             streamer.end()
@@ -137,13 +159,39 @@ class AssistedDecodingMixin:
             sequences=sequences,
             scores=chooser.scores if chooser.keep_scores else None,
             logits=chooser.logits if chooser.keep_logits else None,
-            attentions=loop.attentions if generation_config.output_attentions else None,
-            hidden_states=loop.hidden_states if generation_config.output_hidden_states else None,
-            past_key_values=loop.cache,
+            attentions=verifier.attentions if generation_config.output_attentions else None,
+            hidden_states=verifier.hidden_states if generation_config.output_hidden_states else None,
+            past_key_values=verifier.cache,
             accept_lengths=torch.tensor(loop.accept_lengths, dtype=torch.long),
             draft_time=loop.draft_watch.seconds(),
             verify_time=loop.verify_watch.seconds(),
         )
+
+    def draft_sources(
+        self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int
+    ) -> list[DraftSource]:
+        """Who drafts for one call of `generate`, the cheapest first. Override it to add a source of your own.
+
+        Args:
+            target: The model whose `generate` was called.
+            prompt_ids: The prompt, of shape `(batch, length)`.
+            top_k: Children that a node may have; 1 where only a chain can be verified.
+        """
+        head = HeadSource(self, target, top_k, prompt_ids)
+        return [LookupSource(), head] if self.config.lookup else [head]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # What stock code asks an assistant for, so the hook is gone: some library has put the stock methods back
+            if name != "generation_config":
+                raise
+            install_hook()
+            raise AttributeError(
+                "an FSPAD head decodes through a hook in `generate`, which another library has replaced since it was "
+                "installed. It is installed again: repeat the call, and import that library before the head is loaded."
+            ) from None
 
     def _explain(self, target: PreTrainedModel, mode: VerificationMode, reason: str | None) -> None:
         """Say once what is slower than it could be, and why."""
@@ -163,7 +211,7 @@ class AssistedDecodingMixin:
 
     def _check_length(self, target: PreTrainedModel, input_ids: torch.LongTensor, padding_mask: Any) -> None:
         length = input_ids.shape[1] if padding_mask is None else int(padding_mask.sum(-1).max())
-        limit = learned_positions(target)
+        limit = position_table_length(target)
         if limit is not None and length > limit:
             raise ValueError(
                 f"the prompt has {length} tokens, {type(target).__name__} has {limit} positions: shorten the prompt."
@@ -196,8 +244,10 @@ def check_inputs(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> N
         raise ValueError("the prompt is empty: expected at least one token, e.g. the target's bos token, got none.")
 
 
-def drafting_knobs(config: FSPADConfig, generation_config: GenerationConfig, mode: VerificationMode) -> DraftingKnobs:
-    """The size of drafts for one call.
+def drafting_options(
+    config: FSPADConfig, generation_config: GenerationConfig
+) -> tuple[int | Literal["auto"], float | None]:
+    """How much to draft in one call.
 
     `generate(num_assistant_tokens=..., assistant_confidence_threshold=...)` overrule the head's configuration. The
     values that transformers fills in by itself (20 and 0.4) cannot be told from an omission and count as one.
@@ -205,7 +255,12 @@ def drafting_knobs(config: FSPADConfig, generation_config: GenerationConfig, mod
     Args:
         config: The head's configuration.
         generation_config: The options of `generate`.
-        mode: `TREE` or `CHAIN`.
+
+    Returns:
+        The number of tokens to verify, or `"auto"`, and the confidence below which drafting ends early.
+
+    Raises:
+        ValueError: If `num_assistant_tokens` is no positive integer.
     """
     filled_in = generation_config._get_default_generation_params()
 
@@ -214,9 +269,31 @@ def drafting_knobs(config: FSPADConfig, generation_config: GenerationConfig, mod
         return None if value == filled_in.get(name) else value
 
     num_draft_tokens = given("num_assistant_tokens")
-    return DraftingKnobs(
-        depth=config.draft_depth,
-        top_k=1 if mode is VerificationMode.CHAIN else config.draft_top_k,
-        num_draft_tokens=config.num_draft_tokens if num_draft_tokens is None else num_draft_tokens,
-        confidence_threshold=given("assistant_confidence_threshold"),
-    )
+    if num_draft_tokens is None:
+        num_draft_tokens = config.num_draft_tokens
+    elif not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
+        raise ValueError(f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it.")
+    return num_draft_tokens, given("assistant_confidence_threshold")
+
+
+def evaluating(head: nn.Module) -> nn.Module:
+    """A head as it is in evaluation mode, without changing its mode for others, e.g. for a trainer.
+
+    Dropout would draw from the random numbers that sampling draws from.
+
+    Args:
+        head: A head in any mode.
+
+    Returns:
+        The head, or if it or a part of it is in training mode, a copy that shares its parameters and buffers.
+    """
+    if not any(module.training for module in head.modules()):
+        return head
+
+    def copied(module: nn.Module) -> nn.Module:
+        other = copy.copy(module)
+        other._modules = {name: None if part is None else copied(part) for name, part in module._modules.items()}
+        other.training = False
+        return other
+
+    return copied(head)

@@ -14,6 +14,8 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig, GenerationMixin
 
+from .configuration_fspad import check_decoder_only
+
 # The attribute that marks a wrapper. Its name and value are a protocol between revisions of this file: do not change.
 HOOK_MARK = "_fspad_hook"
 
@@ -57,6 +59,8 @@ def _refuse_other_searches(stock: Callable) -> Callable:
     # Here and not later: stock code asks for trust in a repository before it validates a contrastive search
     def get_generation_mode(self: GenerationConfig, assistant_model: Any = None) -> str:
         mode = stock(self, assistant_model)
+        if brings_own_loop(assistant_model):
+            install_hook()  # some library may have put a stock method back since
         if brings_own_loop(assistant_model) and mode != "assisted_generation":
             raise ValueError(
                 "an FSPAD head assists greedy decoding and sampling, got options that ask for "
@@ -91,17 +95,28 @@ def check_target_and_drafts(target: GenerationMixin, generation_config: Generati
     Raises:
         ValueError: For encoder-decoder targets and a second source of drafts.
     """
-    if target.config.is_encoder_decoder:
-        raise ValueError(
-            f"an FSPAD head assists decoder-only models, got the encoder-decoder {type(target).__name__}; "
-            "call `generate` without `assistant_model`."
-        )
+    check_decoder_only(target.config)
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
         if getattr(generation_config, name, None):
             raise ValueError(
                 f"`{name}` and an FSPAD head are two sources of drafts, only one can be used: drop `{name}` or "
                 "`assistant_model`."
             )
+    if getattr(generation_config, "dola_layers", None) is not None:
+        raise ValueError(
+            "`dola_layers` decodes in another way, which an FSPAD head cannot assist: drop `dola_layers` or "
+            "`assistant_model`."
+        )
+    if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
+        raise ValueError(
+            "`assistant_ensemble_weight` mixes an assistant's probabilities into the text, and an FSPAD head never changes "
+            "the text: drop `assistant_ensemble_weight` or `assistant_model`."
+        )
+    if getattr(generation_config, "speculation_type", None) is not None:
+        raise ValueError(
+            "`speculation_type` chooses among the assistants of transformers, and an FSPAD head is none of them: drop "
+            "`speculation_type` or `assistant_model`."
+        )
 
 
 WRAPPERS = {

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .configuration_fspad import check_decoder_only
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -103,7 +105,10 @@ def device_of(module: nn.Module) -> torch.device:
         module: A module with a `weight`.
     """
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return module.weight.device if device is None else torch.device(device)
+    if device is not None:
+        return torch.device(device)
+    # Layers that torch has quantized pack their weight, and compute on the processor
+    return module.weight.device if isinstance(module.weight, torch.Tensor) else torch.device("cpu")
 
 
 class LMHead:
@@ -141,7 +146,8 @@ class LMHead:
             Logits of shape `(..., vocab)`, or `(..., draft_vocab)` when trimmed, in the LM head's dtype.
         """
         weight = self.module.weight
-        dtype = weight.dtype if weight.is_floating_point() else features.dtype
+        has_floats = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        dtype = weight.dtype if has_floats else features.dtype
         # As one matrix: of three-dimensional views, a CPU would copy the weight for every product
         rows = features.to(device=self.device, dtype=dtype).reshape(-1, features.shape[-1])
         if self.weight is not None:
@@ -190,11 +196,7 @@ def check_target(config: FSPADConfig, target: PreTrainedModel) -> None:
     Raises:
         ValueError: If the target is an encoder-decoder model, or hidden size or vocabulary differ.
     """
-    if target.config.is_encoder_decoder:
-        raise ValueError(
-            f"an FSPAD head assists decoder-only models, got the encoder-decoder {type(target).__name__}; "
-            "call `generate` without `assistant_model`."
-        )
+    check_decoder_only(target.config)
     text_config = target.config.get_text_config(decoder=True)
     trained_for = f" It was trained for {config.target_model_name!r}." if config.target_model_name else ""
     for name in ("hidden_size", "vocab_size"):

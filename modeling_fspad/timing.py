@@ -20,6 +20,8 @@ class Stopwatch:
         self.device = device
         self._seconds = 0.0
         self._events: list[tuple[torch.Event, torch.Event]] = []
+        # Of the last block, where it is known without waiting
+        self.last: float | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -33,7 +35,8 @@ class Stopwatch:
         else:
             start_time = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - start_time
+            self.last = time.perf_counter() - start_time
+            self._seconds += self.last
 
     def seconds(self) -> float:
         """The sum so far; waits for the device once."""

@@ -1,95 +1,276 @@
-"""Exact verification: walk down a drafted tree along the tokens that the target itself chooses."""
+"""How a target verifies drafts: whether it can, how far, its forward pass, and what is kept of it afterwards."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
+from .position_limits import PositionLimits
+from .target import FeatureTap, device_of
 from .tree import DraftTree
+from .tree_attention import attention_windows, attentions_of_path, hidden_states_of_path, tree_attention_mask
+from .verification_mode import VerificationMode, check_rollback, decide_by_rule, decide_by_probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Inputs with one value a token, of which every drafted token gets that of the token before it
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 @dataclass
-class TokenChooser:
-    """Chooses tokens as plain decoding does, one after the other, and remembers what it was asked to return.
-
-    Drafts are deterministic, so one draw from the target's own processed distribution at each visited node is exact, and
-    as it is the only draw for that token the random numbers are those of plain sampling.
+class Verified:
+    """What a forward pass of the target says about a tree.
 
     Args:
-        logits_processor: Applied to the true prefix of every token, in order and once.
-        stopping_criteria: Asked after every token.
-        do_sample: Whether to draw from the distribution instead of taking its maximum.
-        streamer: Gets every token as it is chosen.
-        keep_scores: Whether to keep the processed scores of every token.
-        keep_logits: Whether to keep the raw logits of every token.
+        logits: Of shape `(batch, nodes, vocab)`; after a prefill of the last position only, `(batch, 1, vocab)`.
+        features: What entered the LM head, of shape `(batch, nodes, hidden)`; after a prefill of the whole prompt.
+        outputs: Everything that the target returned.
     """
 
-    logits_processor: LogitsProcessorList
-    stopping_criteria: StoppingCriteriaList
-    do_sample: bool
-    streamer: BaseStreamer | None = None
-    keep_scores: bool = False
-    keep_logits: bool = False
-    scores: tuple[torch.Tensor, ...] = field(default=(), init=False)
-    logits: tuple[torch.Tensor, ...] = field(default=(), init=False)
+    logits: torch.Tensor
+    features: torch.Tensor
+    outputs: ModelOutput
 
-    def choose(self, input_ids: torch.LongTensor, logits: torch.Tensor) -> tuple[torch.LongTensor, bool]:
-        """Choose the next token of each row.
+
+class Verifier:
+    """The target of one call of `generate`, with its cache and inputs.
+
+    Use it as a context manager: while it is open the target's features are recorded, and afterwards the cache is as
+    plain decoding leaves it.
+
+    Args:
+        target: The model whose `generate` was called.
+        mode: How drafts are verified: `TREE` or `CHAIN`.
+        generation_config: The options of `generate`.
+        model_kwargs: The model inputs that `generate` prepared, with a cache.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        mode: VerificationMode,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ):
+        self.target = target
+        self.mode = mode
+        self.generation_config = generation_config
+        self.model_kwargs = dict(model_kwargs)
+        if "logits_to_keep" in self.model_kwargs:
+            self.model_kwargs["logits_to_keep"] = 0  # all rows, of which the tap passes on those that are needed
+        self.limits = PositionLimits(target)
+        self.hidden_states: tuple = ()
+        self.attentions: tuple = ()
+        self.tap = FeatureTap(target)
+
+    @classmethod
+    def decide(
+        cls,
+        target: PreTrainedModel,
+        cache: Cache | None,
+        output_attentions: bool = False,
+        padding: int = 0,
+    ) -> tuple[VerificationMode, str | None]:
+        """Decide how a target can verify drafts exactly: by what is known of it, else by a trial on its own weights.
 
         Args:
-            input_ids: The true prefix, of shape `(batch, length)`.
-            logits: The target's logits after it, of shape `(batch, vocab)`, in any float dtype.
+            target: The model that verifies.
+            cache: The cache that `generate` prepared for it.
+            output_attentions: Whether attentions are asked for, for which some targets compute in another way.
+            padding: Number of padding tokens before the prompt.
 
         Returns:
-            The prefix with the new token, of shape `(batch, length + 1)`, and whether plain decoding would stop here.
+            The mode, and the reason when it is not the tree.
         """
-        logits = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-        scores = self.logits_processor(input_ids, logits)
-        if self.keep_scores:
-            self.scores += (scores,)
-        if self.keep_logits:
-            self.logits += (logits,)
-        if self.do_sample:
-            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+        mode, reason = decide_by_rule(target, cache)
+        if mode is not None:
+            return mode, reason
+        return decide_by_probe(cls, target, cache, reason, bool(output_attentions), padding > 0)
+
+    def __enter__(self) -> Verifier:
+        self.tap.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.tap.__exit__(*exc)
+        # Undone, so that a returned cache behaves as after plain decoding
+        for layer in getattr(self.cache, "layers", ()):
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """The context that transformers opens between prefill and end; releases before 5.2x have none."""
+        optimize = getattr(self.target, "_optimize_model_for_decode", contextlib.nullcontext)
+        with optimize():
+            yield
+
+    @property
+    def cache(self) -> Cache:
+        """The target's cache."""
+        return self.model_kwargs["past_key_values"]
+
+    def prefill(self, input_ids: torch.LongTensor) -> Verified:
+        """Run the target on the prompt.
+
+        Args:
+            input_ids: The prompt, of shape `(1, length)`.
+
+        Raises:
+            ValueError: If the target has other features than one vector a token.
+        """
+        with self.tap.record(logits_to_keep=1) as recorded:
+            outputs = self.target._prefill(input_ids, self.generation_config, self.model_kwargs)
+        if any(features.dim() != 3 or features.shape[0] != input_ids.shape[0] for features in recorded):
+            raise ValueError(
+                f"an FSPAD head needs one feature a token, of shape (batch, length, hidden), at the LM head of its "
+                f"target, got {[tuple(features.shape) for features in recorded]} from {type(self.target).__name__}: call "
+                "`generate` without `assistant_model`."
+            )
+        verified = Verified(outputs.logits[:, -1:], torch.cat(recorded, dim=1), outputs)
+        self.record(outputs)
+        self._advance(outputs, 1)
+        check_rollback(self.cache)
+        self.cache.activate_past_recording()
+        self.limits.start(self.model_kwargs)
+        if self.mode is VerificationMode.TREE and self._one_token_inputs(input_ids).get("position_ids") is None:
+            # The target takes positions from its cache, where the nodes of a tree stand elsewhere
+            self.mode = VerificationMode.CHAIN
+        return verified
+
+    def max_depth(self, num_tokens: int) -> int | None:
+        """Levels of drafts below the root that do not change what plain decoding computes; `None` for no limit.
+
+        Args:
+            num_tokens: Tokens so far, the root included.
+        """
+        return self.limits.max_depth(num_tokens)
+
+    def run(self, tree: DraftTree, input_ids: torch.LongTensor) -> Verified:
+        """Run the target on all nodes of a tree.
+
+        Args:
+            tree: Root, then drafts.
+            input_ids: The tokens so far, ending in the root, of shape `(1, length)`.
+        """
+        if tree.num_nodes == 1:
+            model_inputs = self._one_token_inputs(input_ids)
+        elif self.mode is VerificationMode.TREE:
+            model_inputs = self._tree_inputs(tree, input_ids)
         else:
-            tokens = scores.argmax(dim=-1, keepdim=True)
-        input_ids = torch.cat([input_ids, tokens], dim=-1)
-        is_done = bool(self.stopping_criteria(input_ids, self.scores if self.keep_scores else None).all())
-        if self.streamer is not None:
-            self.streamer.put(tokens[:, 0].cpu())
-        return input_ids, is_done
+            model_inputs = self._chain_inputs(tree, input_ids)
+        with self.tap.record() as recorded:
+            outputs = self.target(**model_inputs, return_dict=True)
+        # A target that computes its cache anew returns more rows than the tree has
+        rows = slice(-tree.num_nodes, None)
+        return Verified(outputs.logits[:, rows], recorded[0][:, rows], outputs)
+
+    def keep(self, outputs: ModelOutput, path: list[int], nodes: torch.LongTensor, num_nodes: int) -> None:
+        """Shrink the cache, which ends in a whole tree, to the accepted path, and move on.
+
+        Args:
+            outputs: What the target returned for the tree.
+            path: Indices of the accepted nodes in order, root first.
+            nodes: The same as a tensor, of shape `(accepted,)`.
+            num_nodes: Nodes of the tree.
+        """
+        had = self.cache
+        self._advance(outputs, len(path))
+        if self.cache is not had:
+            self.cache.activate_past_recording()
+        keep_path(self.cache, path, nodes, num_nodes)
+        self.limits.advance(len(path))
+
+    def record(self, outputs: ModelOutput, path: list[int] | None = None, num_nodes: int = 1) -> None:
+        """Keep hidden states and attentions, if asked for, one entry a token as in plain decoding.
+
+        Args:
+            outputs: What the target returned.
+            path: Indices of the accepted nodes in order; `None` after the prefill.
+            num_nodes: Nodes of the tree.
+        """
+        config = self.generation_config
+        if not config.return_dict_in_generate:
+            return
+        as_it_is = path is None or num_nodes == 1
+        if config.output_hidden_states:
+            layers = outputs.hidden_states
+            self.hidden_states += (layers,) if as_it_is else tuple(hidden_states_of_path(layers, path))
+        if config.output_attentions:
+            layers = outputs.attentions
+            if not as_it_is and layers:
+                text_config = self.target.config.get_text_config(decoder=True)
+                windows = attention_windows(text_config, self.cache, len(layers))
+                self.attentions += tuple(attentions_of_path(layers, path, num_nodes, windows))
+            else:
+                self.attentions += (layers,) * (1 if path is None else len(path))
+
+    def _one_token_inputs(self, input_ids: torch.LongTensor) -> dict[str, Any]:
+        """What the target itself prepares to go on after the last token."""
+        return self.target.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
+
+    def _tree_inputs(self, tree: DraftTree, input_ids: torch.LongTensor) -> dict[str, Any]:
+        """The inputs of one token, widened to the nodes of the tree."""
+        model_inputs = self._one_token_inputs(input_ids)
+        model_inputs["input_ids"] = tree.tokens
+        # Families count positions in ways of their own, so the tree only adds its depths
+        root_position = model_inputs["position_ids"][..., -1:]
+        model_inputs["position_ids"] = root_position + tree.depths.to(root_position.device)
+        for name in PER_TOKEN_INPUTS:
+            if model_inputs.get(name) is not None:
+                model_inputs[name] = model_inputs[name][..., -1:].expand_as(tree.tokens)
+        padding_mask = self.model_kwargs.get("attention_mask")
+        mask = tree_attention_mask(tree, self.cache, self.target, padding_mask)
+        device = device_of(self.target.get_input_embeddings())
+        if isinstance(mask, dict):
+            model_inputs["attention_mask"] = {name: value.to(device) for name, value in mask.items()}
+        else:
+            model_inputs["attention_mask"] = mask.to(device)
+        return model_inputs
+
+    def _chain_inputs(self, tree: DraftTree, input_ids: torch.LongTensor) -> dict[str, Any]:
+        kwargs = self._extended(ModelOutput(), tree.num_nodes - 1)
+        return self.target.prepare_inputs_for_generation(
+            torch.cat([input_ids, tree.tokens[:, 1:]], dim=1), next_sequence_length=tree.num_nodes, **kwargs
+        )
+
+    def _advance(self, outputs: ModelOutput, num_new_tokens: int) -> None:
+        self.model_kwargs = self._extended(outputs, num_new_tokens)
+
+    def _extended(self, outputs: ModelOutput, num_new_tokens: int) -> dict[str, Any]:
+        """The model inputs with room for new tokens: one at a time, because plain decoding repeats the last type."""
+        kwargs = copy.copy(self.model_kwargs)
+        for _ in range(num_new_tokens):
+            kwargs = self.target._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
+        return kwargs
 
 
-def accept(
-    tree: DraftTree,
-    logits: torch.Tensor,
-    input_ids: torch.LongTensor,
-    chooser: TokenChooser,
-    path: list[int],
-) -> tuple[torch.LongTensor, bool]:
-    """Walk down the tree from the root while the target chooses tokens that were drafted.
-
-    The first token that no child carries is emitted as well: it is the target's own choice (the bonus token).
+def keep_path(cache: Cache, path: list[int], nodes: torch.LongTensor, num_nodes: int) -> None:
+    """Shrink a cache that ends in a whole tree to the accepted path, in place.
 
     Args:
-        tree: The verified tree of one row.
-        logits: The target's logits at its nodes, of shape `(1, nodes, vocab)`.
-        input_ids: The tokens so far, ending in the root, of shape `(1, length)`.
-        chooser: Chooses the tokens.
-        path: Gets the nodes whose logits are used, root first. It is the caller's, who needs it too when a processor,
-            a criterion or a streamer raises.
-
-    Returns:
-        The tokens with at least one more, and whether plain decoding would stop here.
+        cache: The target's cache after the tree's forward pass.
+        path: Indices of the accepted nodes in order, root first.
+        nodes: The same as a tensor, of shape `(accepted,)`.
+        num_nodes: Nodes of the tree.
     """
-    edges = zip(tree.parents[0, 1:].tolist(), tree.tokens[0, 1:].tolist(), strict=True)
-    child_with_token = {edge: node for node, edge in enumerate(edges, start=1)}
-    node, is_done = 0, False
-    while node is not None:
-        path.append(node)
-        input_ids, is_done = chooser.choose(input_ids, logits[:, node])
-        node = None if is_done else child_with_token.get((node, int(input_ids[0, -1])))
-    return input_ids, is_done
+    kept = len(path)
+    if path != list(range(kept)):
+        on_device: dict[torch.device, torch.Tensor] = {}
+        for layer in cache.layers:
+            for states in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                if states is not None and states.numel():
+                    index = on_device.setdefault(states.device, nodes.to(states.device))
+                    tail = states[..., -num_nodes:, :]
+                    tail[..., :kept, :] = tail.index_select(-2, index)
+    # Also for 0 removed tokens: sliding layers cut back to their window here
+    cache.crop(kept - num_nodes)

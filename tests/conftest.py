@@ -9,8 +9,9 @@ import transformers
 from hub_server import TOKEN, HubServer
 
 import fspad
-from fspad.drafting import Drafter
-from fspad.tree import DraftedNodes
+from fspad.draft_source import DraftSource
+
+
 
 
 @pytest.fixture(autouse=True)
@@ -95,23 +96,46 @@ def make_head(target, seed: int = 0, **overrides):
     return fspad.FSPADModel.from_target(target, config)
 
 
-def know_the_future(monkeypatch, sequence: torch.Tensor, seed: int) -> None:
-    """Let drafts hold the true continuation to a random depth, among distractors: random heads rarely get that far."""
-    rng = random.Random(seed)
-    largest = int(sequence.max())
+class FutureSource(DraftSource):
+    """Proposes the true continuation to a random depth, among distractors: random heads rarely get that far.
 
-    def draft(drafter, root_tokens, max_depth):
-        future = sequence[0, int(drafter.last_position) + 2 :].tolist()
-        nodes, last, true_parent = DraftedNodes(), [-1], -1
-        for token in future[: min(rng.randint(0, 9), max_depth)]:
-            tokens = [rng.randint(0, largest) for _ in range(rng.randint(0, 3))]
-            parents = [rng.choice(last) for _ in tokens]
-            place = rng.randint(0, len(tokens))
-            tokens.insert(place, token)
-            parents.insert(place, true_parent)
-            scores = torch.full((1, len(tokens)), -float(len(nodes.tokens)))
-            first = nodes.add_level(torch.tensor([tokens]), torch.tensor([parents]), scores)
-            last, true_parent = list(range(first, first + len(tokens))), first + place
-        return nodes.best_tree(root_tokens, num_draft_tokens=len(nodes))
+    Args:
+        sequence: Prompt and true continuation, of shape `(1, length)`.
+        seed: Seed of the depths and of the distractors.
+        chain: Whether every node gets one child only.
+    """
 
-    monkeypatch.setattr(Drafter, "draft", draft)
+    def __init__(self, sequence: torch.Tensor, seed: int, chain: bool = False):
+        self.tokens = sequence[0].tolist()
+        self.rng = random.Random(seed)
+        self.chain = chain
+        self.length = 0
+
+    def extend(self, emitted):
+        self.length += len(emitted.token_ids[0])
+
+    def propose(self, candidates, size, max_depth):
+        future = self.tokens[self.length :][: min(self.rng.randint(0, 9), max_depth)]
+        last, true_parent = [0], 0
+        for level, token in enumerate(future, start=1):
+            distractors = 0 if self.chain else self.rng.randint(0, 3)
+            proposed = [(self.rng.choice(last), self.rng.randint(0, max(self.tokens))) for _ in range(distractors)]
+            proposed.insert(self.rng.randint(0, distractors), (true_parent, token))
+            last = [candidates[0].add(parent, other, -float(level)) for parent, other in proposed]
+            true_parent = candidates[0].find(true_parent, token)
+
+
+def know_the_future(head, sequence: torch.Tensor, seed: int) -> None:
+    """Let a head draft the true continuation among distractors.
+
+    Args:
+        head: The head.
+        sequence: Prompt and true continuation, of shape `(1, length)`.
+        seed: Seed of the distractors.
+    """
+    head.config.num_draft_tokens = 64
+
+    def draft_sources(target, prompt_ids, top_k):
+        return [FutureSource(sequence, seed, chain=top_k == 1)]
+
+    head.draft_sources = draft_sources

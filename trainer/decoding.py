@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from fspad.bench import measuring
 from fspad.target import device_of
-from fspad.tree_attention import learned_positions
+from fspad.position_limits import position_table_length
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -106,7 +106,7 @@ def decode_prompts(
     """
     import evaluate
 
-    limit = learned_positions(target)
+    limit = position_table_length(target)
     prompts = [prompt for prompt in prompts if limit is None or len(prompt) + max_new_tokens <= limit]
     if not prompts:
         logger.warning_once("tau is not measured: no prompt of the evaluation dataset leaves room for an answer.")

@@ -1,0 +1,142 @@
+"""The draft that fits the machine: as much is drafted and verified as makes most tokens a second.
+
+With R the tokens per second so far, a step that emits E tokens in T seconds is worth E - R T: over a whole answer the rate is
+highest when every step is worth most (fractional programming; compare OPT-Tree, arXiv 2406.17276, and Sequoia, arXiv
+2402.12374, which size trees by other measures). So
+
+- of candidates with probabilities p_1 >= p_2 >= ... the first n are verified for which `p_1 + ... + p_n - R verify(n + 1)` is
+  largest; with n = 0 the step is a plain one,
+- a level is drafted while what it can add is more than `R level`,
+- and the head is asked at all if that was worth its time lately. If it was not, it is asked again now and then.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .candidates import Candidates
+from .step_costs import StepCosts
+
+MAX_CANDIDATES = 48
+# How much of the probability of the nodes that are expanded their children are expected to keep, before any are seen
+_KEPT = 0.6
+# Weight of a new observation
+_RATE, _WORTH = 0.08, 0.25
+# Most steps between two looks at a head that was not worth its time
+_LONGEST_PAUSE = 32
+
+
+class AutomaticSize:
+    """Sizes the drafts of one call of `generate`.
+
+    Args:
+        costs: What steps cost.
+        depth: Levels that may be expanded after the first.
+        confidence_threshold: Stop when the best path of the last level is less probable than this; `None` for never.
+    """
+
+    is_automatic = True
+
+    def __init__(self, costs: StepCosts, depth: int, confidence_threshold: float | None = None):
+        self.needs_scores = confidence_threshold is not None
+        self.confidence_threshold = confidence_threshold
+        self.max_candidates = MAX_CANDIDATES
+        self.costs = costs
+        self.depth = depth
+        # Of the last steps, as averages
+        self._tokens, self._seconds = 1.0, costs.verify(1)
+        self.kept = _KEPT
+        # What asking the head has been worth, in tokens: where others had no good draft already, and where they had
+        self._worth = {False: math.inf, True: math.inf}
+        self._pause = {False: 0, True: 0}
+        self._next_pause = {False: 1, True: 1}
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is drafted yet."""
+        self._levels = 0
+        self._without_head: float | None = None
+        self._mass: float | None = None
+
+    def wants_level(self, candidates: Candidates, level: int, scores: list[float] | None) -> bool:
+        """Whether what a level can add is worth its time."""
+        is_unsure = self.needs_scores and scores and math.exp(max(scores)) < self.confidence_threshold
+        if level > self.depth or is_unsure:
+            return False
+        if self.costs.trial is not None:
+            wants = self.costs.trial > 1
+        elif level == 0:
+            wants = self._wants_head(candidates)
+        else:
+            wants = self._expected_mass(level, scores) * self.kept > self.rate * self._level_time()
+        self._levels += wants
+        return wants
+
+    def choose(self, candidates: Candidates) -> list[int]:
+        """The nodes that make the step worth most."""
+        ranking = candidates.ranking()
+        if self.costs.trial is not None:
+            return ranking[: self.costs.trial - 1]
+        num_nodes, worth = self._best(candidates, ranking)
+        if self._without_head is not None:
+            self._learn_worth(worth - self.rate * self.costs.draft(self._levels) - self._without_head)
+        return ranking[:num_nodes]
+
+    def end(self, num_nodes: int, num_emitted: int, draft_seconds: float | None, verify_seconds: float | None) -> None:
+        """Learn from the times of the step."""
+        if self._levels and draft_seconds is not None:
+            self.costs.observe_draft(self._levels, draft_seconds)
+        if verify_seconds is not None:
+            self.costs.observe_verify(num_nodes, verify_seconds)
+        seconds = self.costs.verify(num_nodes) + self.costs.draft(self._levels)
+        self._tokens += _RATE * (num_emitted - self._tokens)
+        self._seconds += _RATE * (seconds - self._seconds)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of late; not below those of plain decoding, to which every step could return."""
+        return max(self._tokens / self._seconds, 1 / self.costs.verify(1))
+
+    def _wants_head(self, candidates: Candidates) -> bool:
+        ranking = candidates.ranking()
+        without_head = self._best(candidates, ranking)[1]
+        self._has_others = bool(ranking) and candidates.scores[ranking[0]] > math.log(0.5)
+        if self._worth[self._has_others] <= 0 and self._pause[self._has_others] > 0:
+            self._pause[self._has_others] -= 1
+            return False
+        self._without_head = without_head
+        return True
+
+    def _learn_worth(self, worth: float) -> None:
+        """What it was worth to ask the head, and when to ask it again if it was not."""
+        key = self._has_others
+        old = worth if math.isinf(self._worth[key]) else self._worth[key]
+        self._worth[key] = old + _WORTH * (worth - old)
+        if self._worth[key] > 0:
+            self._next_pause[key] = 1
+        else:
+            self._pause[key] = self._next_pause[key]
+            self._next_pause[key] = min(2 * self._next_pause[key], _LONGEST_PAUSE)
+
+    def _expected_mass(self, level: int, scores: list[float] | None) -> float:
+        """The expected number of accepted drafts among the nodes that a level expands."""
+        if scores is None:  # on an accelerator, a look at them would cost more than a level
+            return self.kept ** (level - 1)
+        # Nodes that will not be verified are of no use, nor are their children
+        step = self.costs.verify(9) - self.costs.verify(8)
+        mass = sum(p for p in map(math.exp, scores) if p > self.rate * step)
+        if self._mass:
+            self.kept += _WORTH / 4 * (min(mass / self._mass, 1.0) - self.kept)
+        self._mass = mass
+        return mass
+
+    def _level_time(self) -> float:
+        return self.costs.draft(2) - self.costs.draft(1)
+
+    def _best(self, candidates: Candidates, ranking: list[int]) -> tuple[int, float]:
+        """How many of the best nodes to verify, and what the step is then worth."""
+        expected = candidates.expected_tokens(ranking)
+        times = self.costs.verify_all(len(expected))
+        worth = [1 + tokens - self.rate * time for tokens, time in zip(expected, times, strict=True)]
+        best = max(range(len(worth)), key=worth.__getitem__)
+        return best, worth[best]

@@ -1,0 +1,118 @@
+"""What a step costs on this machine: the time of a verification by its number of nodes, and of drafting by its levels."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .verification_mode import VerificationMode
+
+# Nodes, the root included, that the first steps verify to learn what that costs: they are real steps, nothing is wasted
+TRIALS = (16, 1, 4, 32, 8) * 2
+# Weight of a later observation: for sizes near to it, and for all
+_LOCAL, _GLOBAL = 0.15, 0.05
+
+_lock = threading.Lock()
+_known: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, StepCosts]] = weakref.WeakKeyDictionary()
+
+
+class StepCosts:
+    """Times of steps, from the first steps of a target and corrected by all later ones.
+
+    So they follow the machine and the length of the context.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}  # by number of nodes
+        self._num_trials = 0
+        self._first_level: float | None = None
+        self._further_level: float | None = None
+
+    @property
+    def trial(self) -> int | None:
+        """The number of nodes that the next step shall verify, if it can, for its time to be known; `None` for any."""
+        return TRIALS[self._num_trials] if self._num_trials < len(TRIALS) else None
+
+    def verify(self, num_nodes: int) -> float:
+        """Seconds of a verification, interpolated between known sizes, and extrapolated beyond them.
+
+        Args:
+            num_nodes: Nodes of the tree, the root included; 1 is a plain step.
+        """
+        return self.verify_all(num_nodes)[-1]
+
+    def verify_all(self, most: int) -> list[float]:
+        """Seconds of verifications of 1 to `most` nodes."""
+        sizes = sorted(self._seconds)
+        if len(sizes) < 2:  # nothing is decided yet
+            return [self._seconds[sizes[0]] if sizes else 1.0] * most
+        times: list[float] = []
+        for size in sizes:  # more nodes never cost less, whatever noise says
+            times.append(max(self._seconds[size], times[-1]) if times else self._seconds[size])
+        result, low = [], 0
+        for num_nodes in range(1, most + 1):
+            while low + 2 < len(sizes) and num_nodes > sizes[low + 1]:
+                low += 1
+            slope = (times[low + 1] - times[low]) / (sizes[low + 1] - sizes[low])
+            result.append(times[low] + slope * max(0, num_nodes - sizes[low]))
+        return result
+
+    def draft(self, num_levels: int) -> float:
+        """Seconds of drafting so many levels with the head; before any was seen, a tenth of a plain step each.
+
+        Args:
+            num_levels: Levels, of which the first takes in what was emitted before.
+        """
+        first = self.verify(1) / 10 if self._first_level is None else self._first_level
+        further = first if self._further_level is None else self._further_level
+        return first + further * (num_levels - 1) if num_levels else 0.0
+
+    def observe_verify(self, num_nodes: int, seconds: float) -> None:
+        """Take in the time of a real verification.
+
+        Args:
+            num_nodes: Its nodes.
+            seconds: Its time.
+        """
+        if self.trial is not None:
+            self._num_trials += 1
+            self._seconds[num_nodes] = min(seconds, self._seconds.get(num_nodes, seconds))
+            return
+        ratio = min(max(seconds / self.verify(num_nodes), 0.5), 2.0)  # one hiccup of the machine must not change much
+        nearest = min(self._seconds, key=lambda size: abs(size - num_nodes))
+        for size in self._seconds:
+            weight = _GLOBAL + _LOCAL * (size == nearest)
+            self._seconds[size] *= 1 + weight * (ratio - 1)
+
+    def observe_draft(self, num_levels: int, seconds: float) -> None:
+        """Take in the time of real drafting.
+
+        Args:
+            num_levels: Its levels.
+            seconds: Its time.
+        """
+        if num_levels == 1 or self._first_level is None:
+            self._first_level = _follow(self._first_level, seconds / num_levels)
+        else:
+            level = max(0.0, seconds - self._first_level) / (num_levels - 1)
+            self._further_level = _follow(self._further_level, level)
+
+
+def _follow(old: float | None, new: float) -> float:
+    return new if old is None else old + _LOCAL * (min(new, 2 * old) - old)
+
+
+def costs_of(target: PreTrainedModel, mode: VerificationMode) -> StepCosts:
+    """What steps of a target cost, as far as calls of this process have seen. Kept in memory as long as the target lives.
+
+    Args:
+        target: The model that verifies.
+        mode: How it verifies.
+    """
+    key = (target.dtype, target.device, target.config._attn_implementation, mode)
+    with _lock:
+        return _known.setdefault(target, {}).setdefault(key, StepCosts())
