@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,79 +11,14 @@ from typing import Any
 import torch
 from conftest import make_head
 from images import image_inputs
+from inside import draft_the_truth, watching_mode
 from tiny_models import FIRST_SPECIAL, MAX_POSITIONS, VOCAB_SIZE, WINDOW, TinyType, build
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging as transformers_logging
-
-from fspad.drafting import Drafter
-from fspad.tree import DraftedNodes
 
 NEAR_TIE = 1e-4
 NEW_TOKENS = 20
 SECONDS = 90  # of one case, before it counts as hanging
-
-
-# --- What depends on the inside of fspad: these two functions only ---
-
-
-@contextmanager
-def drafts_from(sequence: torch.Tensor, seed: int) -> Iterator[None]:
-    """Let drafts hold the true continuation to a random depth, among distractors: random heads rarely get that far.
-
-    Args:
-        sequence: The true tokens without padding, of shape `(length,)`.
-        seed: Seed of depth and distractors.
-    """
-    rng, truth = random.Random(seed), sequence.tolist()
-
-    def draft(drafter: Drafter, root_tokens: torch.Tensor, max_depth: int) -> Any:
-        future = truth[int(drafter.last_position) + 2 :]
-        is_chain = drafter.knobs.top_k == 1
-        nodes, last, true_parent = DraftedNodes(), [-1], -1
-        for token in future[: min(rng.randint(0, 9), max_depth)]:
-            tokens = [rng.randrange(FIRST_SPECIAL) for _ in range(0 if is_chain else rng.randint(0, 3))]
-            parents = [rng.choice(last) for _ in tokens]
-            place = rng.randint(0, len(tokens))
-            # A chain is wrong now and then too, and so is what follows
-            tokens.insert(place, rng.randrange(FIRST_SPECIAL) if is_chain and rng.random() < 0.1 else token)
-            parents.insert(place, true_parent)
-            scores = torch.full((1, len(tokens)), -float(len(nodes.tokens)))
-            first = nodes.add_level(torch.tensor([tokens]), torch.tensor([parents]), scores)
-            last, true_parent = list(range(first, first + len(tokens))), first + place
-        return nodes.best_tree(root_tokens, num_draft_tokens=len(nodes))
-
-    stock, Drafter.draft = Drafter.draft, draft
-    try:
-        yield
-    finally:
-        Drafter.draft = stock
-
-
-@contextmanager
-def watching_mode() -> Iterator[list[str]]:
-    """Collect how calls of `generate` verify: `tree`, `chain` or `plain`, followed by the reason that the warning gives."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("fspad")
-    level, propagates = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    transformers_logging.warning_once.cache_clear()
-    mode = []
-    try:
-        yield mode
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagates
-        mode.append("tree")
-        for message in messages:
-            for name, sign in (("chain", "verifies a chain"), ("plain", "plain decoding")):
-                if sign in message:
-                    mode[:] = [name, message.partition(": ")[2]]
 
 
 # --- The cases ---
@@ -290,7 +223,7 @@ def _check(tiny_type: TinyType, case: Case, dtype: torch.dtype) -> Result:
         return result
     try:
         with _time_limit(SECONDS), watching_mode() as mode:
-            head = make_head(target)
+            head = make_head(target, draft_depth=1, draft_top_k=2)
             ours = _turns(target, options, case.turns, head, truth=plain)
     except Exception as error:
         is_clear = isinstance(error, ValueError) and "FSPAD head" in str(error)
@@ -334,8 +267,8 @@ def _turns(
         true_tokens = truth[turn].sequences[0]
         if "inputs_embeds" in options:  # sequences begin behind the prompt
             true_tokens = torch.cat([true_tokens.new_zeros(options["inputs_embeds"].shape[1]), true_tokens])
-        with drafts_from(true_tokens[padding:], seed=turn):
-            outputs.append(run(target, options, head))
+        draft_the_truth(head, true_tokens[padding:].tolist(), seed=turn)
+        outputs.append(run(target, options, head))
     return outputs
 
 
