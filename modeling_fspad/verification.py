@@ -73,9 +73,7 @@ class Verifier:
         self.tap = FeatureTap(target)
 
     @classmethod
-    def decide(
-        cls, target: PreTrainedModel, model_kwargs: dict[str, Any]
-    ) -> tuple[VerificationMode, str | None]:
+    def decide(cls, target: PreTrainedModel, model_kwargs: dict[str, Any]) -> tuple[VerificationMode, str | None]:
         """Decide how a target can verify drafts exactly: by what is known of it, else by a trial on its own weights.
 
         Args:
