@@ -85,7 +85,7 @@ def test_encoder_decoder_targets_are_refused():
         vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
     )
     target = transformers.T5ForConditionalGeneration(config).eval()
-    with pytest.raises(ValueError, match="decoder-only models, got the encoder-decoder T5ForConditionalGeneration"):
+    with pytest.raises(ValueError, match="decoder-only models, got the encoder-decoder 't5'"):
         target.generate(PROMPT, assistant_model=make_head(make_target()), max_new_tokens=5)
 
 

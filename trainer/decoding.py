@@ -12,6 +12,7 @@ from accelerate.utils import extract_model_from_parallel, gather_object
 from transformers.utils import logging
 
 from fspad.bench import measuring
+from fspad.bench.methods import REFERENCE_DRAFT_TOKENS
 from fspad.position_limits import position_table_length
 from fspad.target import device_of
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fspad import FSPADModel
-
-# Tokens of the tree of EAGLE-2 and of the paper, the root not counted
-REFERENCE_DRAFT_TOKENS = 59
 
 logger = logging.get_logger(__name__)
 
@@ -125,7 +123,8 @@ def decode_prompts(
     if deployed.config.num_draft_tokens == "auto":
         deployed.config.num_draft_tokens = REFERENCE_DRAFT_TOKENS
     alone = [measuring.measure(target, prompt, deployed, max_new_tokens) for prompt in inputs]
+    gathered = gather_object(list(zip(comparisons, alone, strict=True)))
     return {
-        "tau": measuring.Comparison([], gather_object(alone)).tau,
-        "speedup": measuring.total(gather_object(comparisons)).speedup,
+        "tau": measuring.Comparison([], [answer for _, answer in gathered]).tau,
+        "speedup": measuring.total([comparison for comparison, _ in gathered]).speedup,
     }
