@@ -1,4 +1,4 @@
-"""Drafters of random heads, and what a target would show them."""
+"""Drafters of random heads, what a target would show them, and what steps cost."""
 
 import torch
 from conftest import make_target
@@ -8,6 +8,7 @@ from fspad.draft_size import FixedSize
 from fspad.draft_source import Emitted
 from fspad.drafting import Drafter
 from fspad.head_source import HeadSource
+from fspad.step_costs import StepCosts
 
 CPU = torch.device("cpu")
 NO_PROMPT = torch.empty(1, 0, dtype=torch.long)
@@ -50,3 +51,15 @@ def make_drafter(batch=1, padding_mask=None, length=6, seed=0, size=None, top_k=
     with torch.no_grad():
         drafter.extend(emitted(features, torch.randn(batch, length, 32), [5, 7][:batch], positions, padding_mask))
     return drafter, source
+
+
+def tried(seconds):
+    """Costs whose trials took what a function says.
+
+    Args:
+        seconds: Seconds of a verification by number of nodes.
+    """
+    costs = StepCosts()
+    while (size := costs.trial) is not None:
+        costs.observe_verify(size, seconds(size))
+    return costs

@@ -43,8 +43,13 @@ def compare(target, head, drafts_future=True, **options):
     return lengths
 
 
-def mode_of(target, **options):
-    return Verifier.decide(target, DynamicCache(config=target.config.get_text_config(decoder=True)), **options)[0]
+def decide(target, cache=None, **model_kwargs):
+    cache = DynamicCache(config=target.config.get_text_config(decoder=True)) if cache is None else cache
+    return Verifier.decide(target, {"past_key_values": cache, **model_kwargs})
+
+
+def mode_of(target, **model_kwargs):
+    return decide(target, **model_kwargs)[0]
 
 
 # What the rules know nothing of is tried on the target's own weights
@@ -143,7 +148,7 @@ def test_a_target_is_tried_once_and_draws_no_random_numbers(family):
     assert not calls
     # A copy with weights of its own is another target
     assert mode_of(copy.deepcopy(target)) is mode
-    mode_of(target, padding=2)
+    mode_of(target, attention_mask=torch.tensor([[0, 0, 1, 1]]))
     assert calls, "padding is another case"
 
 
@@ -246,7 +251,7 @@ def test_attentions_of_a_target_with_layers_that_have_none():
 def test_image_states_in_the_cache_decode_plainly():
     target = make_target()
     target.config.cross_attention_layers = [1]
-    mode, reason = Verifier.decide(target, DynamicCache(config=target.config))
+    mode, reason = decide(target, DynamicCache(config=target.config))
     assert mode is VerificationMode.PLAIN
     assert "image states" in reason
 
@@ -263,28 +268,28 @@ def test_layers_that_hold_different_tokens_are_refused():
 def test_attention_without_masks_takes_the_chain(attention):
     target = make_target()
     target.config._attn_implementation_internal = attention
-    mode, reason = Verifier.decide(target, DynamicCache(config=target.config))
+    mode, reason = decide(target, DynamicCache(config=target.config))
     assert mode is VerificationMode.CHAIN
     assert attention in reason
 
 
 def test_offloaded_cache_takes_the_chain():
     target = make_target()
-    mode, _ = Verifier.decide(target, DynamicCache(config=target.config, offloading=True))
+    mode, _ = decide(target, DynamicCache(config=target.config, offloading=True))
     assert mode is VerificationMode.CHAIN
 
 
 def test_chunked_attention_takes_the_chain():
     target = make_target()
     target.config.layer_types = ["chunked_attention", "full_attention", "full_attention"]
-    mode, _ = Verifier.decide(target, DynamicCache())
+    mode, _ = decide(target, DynamicCache())
     assert mode is VerificationMode.CHAIN
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "mixtral"])
 def test_known_families_take_the_tree(family):
     target = make_target(family)
-    assert Verifier.decide(target, DynamicCache(config=target.config)) == (VerificationMode.TREE, None)
+    assert decide(target, DynamicCache(config=target.config)) == (VerificationMode.TREE, None)
 
 
 def test_recurrent_targets_decode_plainly(messages):
