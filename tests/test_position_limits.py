@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparing import assert_same, check_accept_lengths, generate
 from conftest import know_the_future, make_head, make_target
-from families import make_family
+from other_targets import make_family
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fspad.position_limits import PositionLimits, position_table_length

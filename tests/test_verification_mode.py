@@ -8,7 +8,7 @@ import torch
 import transformers
 from comparing import assert_same, check_accept_lengths, generate
 from conftest import SIZES, know_the_future, make_head, make_target
-from families import NO_SPECIAL, make_family
+from other_targets import NO_SPECIAL, make_family
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
