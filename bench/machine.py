@@ -1,4 +1,4 @@
-"""What a machine is called, for everything that reports a speed."""
+"""What a machine is called and can compute, for everything that reports a speed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import platform
 from pathlib import Path
 
 import torch
+import transformers
+
+import fspad
+
+# Processors that multiply in bfloat16 themselves; others convert at every step, and are slower than in float32.
+_BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def processor_name() -> str:
@@ -36,3 +42,49 @@ def describe_machine(device: torch.device | str = "cpu") -> str:
         return f"{processor_name()}, {cores} core{'s' if cores > 1 else ''}"
     get_name = getattr(torch.get_device_module(device), "get_device_name", None)
     return device.type if get_name is None else get_name(device)
+
+
+def describe_setup(device: torch.device | str, dtype: torch.dtype) -> dict[str, str | int]:
+    """What every measured time depends on.
+
+    Args:
+        device: Device of target and head.
+        dtype: Dtype of target and head.
+
+    Returns:
+        `machine`, `dtype`, `threads`, and the releases of `torch`, `transformers` and `fspad`.
+    """
+    return {
+        "machine": describe_machine(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "fspad": fspad.__version__,
+    }
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the processor."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def native_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """The dtype to run models in on a device, if nothing else asks for another one.
+
+    Args:
+        device: Where they are to run.
+
+    Returns:
+        `torch.bfloat16` where the processor or accelerator computes in it natively, else `torch.float32`.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        is_native = any(can.get(name) for name in _BFLOAT16_INSTRUCTIONS)
+    elif device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+        is_native = is_supported is not None and is_supported()
+    return torch.bfloat16 if is_native else torch.float32

@@ -1,13 +1,16 @@
-"""Measuring plain generation against generation with an FSPAD head: a few pure functions, without any printing."""
+"""Measuring plain generation against assisted generation: a few pure functions, without any printing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
+
+from .forward_watch import ForwardWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,28 +18,53 @@ if TYPE_CHECKING:
 WARM_UP_TOKENS = 8
 
 
-@dataclass
+def mean_tokens_per_step(accept_lengths: Iterable[int]) -> float:
+    """tau, the mean number of tokens that a verification step emits.
+
+    Args:
+        accept_lengths: Tokens emitted by each step, the target's own (bonus) token included.
+
+    Returns:
+        All tokens by all steps; 1.0, as in plain decoding, when there was no step.
+    """
+    lengths = list(accept_lengths)
+    return sum(lengths) / len(lengths) if lengths else 1.0
+
+
+@dataclass(frozen=True)
 class Answer:
     """One answer and what it took.
 
     Args:
         token_ids: The new tokens.
         seconds: Wall time of the whole `generate` call.
-        accept_lengths: Tokens emitted by each verification step; empty for plain decoding.
-        draft_seconds: Part of the time that went into drafting.
-        verify_seconds: Part of the time that went into verification.
+        accept_lengths: Tokens emitted by each verification step; empty for plain decoding. The tokens of the prefill are
+            of no step.
+        draft_seconds: Part of the time that went into drafting; `None` where nothing tells it.
+        verify_seconds: Part of the time that went into the steps of the target after the prefill.
+        prefill_seconds: Part of the time that went into the first forward pass.
+
+    Raises:
+        ValueError: If a step emitted nothing, or a time is not positive.
     """
 
     token_ids: list[int]
     seconds: float
-    accept_lengths: list[int]
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
+    accept_lengths: list[int] = field(default_factory=list)
+    draft_seconds: float | None = None
+    verify_seconds: float | None = None
+    prefill_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if any(length < 1 for length in self.accept_lengths):
+            raise ValueError(f"expected accept_lengths of at least 1, got {min(self.accept_lengths)}: measure again.")
+        if not self.seconds > 0:
+            raise ValueError(f"expected seconds to be positive, got {self.seconds}: measure again.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Comparison:
-    """The answers to one or more prompts, plain and with an FSPAD head."""
+    """The answers to one or more prompts, plain and assisted."""
 
     plain: list[Answer]
     assisted: list[Answer]
@@ -47,18 +75,25 @@ class Comparison:
         return sum(len(answer.token_ids) for answer in self.plain)
 
     @property
+    def num_identical(self) -> int:
+        """How many answers have the same tokens both ways."""
+        return sum(
+            plain.token_ids == assisted.token_ids for plain, assisted in zip(self.plain, self.assisted, strict=True)
+        )
+
+    @property
     def is_identical(self) -> bool:
         """Whether both ways gave the same tokens."""
-        return [answer.token_ids for answer in self.plain] == [answer.token_ids for answer in self.assisted]
+        return self.num_identical == len(self.plain)
 
     @property
     def plain_speed(self) -> float:
-        """Tokens per second without the head, prefill included."""
+        """Tokens per second without assistance, prefill included."""
         return tokens_per_second(self.plain)
 
     @property
     def assisted_speed(self) -> float:
-        """Tokens per second with the head, prefill included."""
+        """Tokens per second with assistance, prefill included."""
         return tokens_per_second(self.assisted)
 
     @property
@@ -67,10 +102,52 @@ class Comparison:
         return self.assisted_speed / self.plain_speed
 
     @property
+    def accept_lengths(self) -> list[int]:
+        """Tokens emitted by each verification step of all answers."""
+        return [length for answer in self.assisted for length in answer.accept_lengths]
+
+    @property
     def tau(self) -> float:
         """Mean tokens per verification step, bonus token included; 1.0 when there was no step."""
-        accept_lengths = [length for answer in self.assisted for length in answer.accept_lengths]
-        return sum(accept_lengths) / len(accept_lengths) if accept_lengths else 1.0
+        return mean_tokens_per_step(self.accept_lengths)
+
+    @property
+    def plain_step_seconds(self) -> float | None:
+        """Mean time of one step of plain decoding, the prefill left out; `None` if it is not known."""
+        prefill = _total(answer.prefill_seconds for answer in self.plain)
+        num_steps = self.num_tokens - len(self.plain)
+        if prefill is None or num_steps <= 0:
+            return None
+        return (sum(answer.seconds for answer in self.plain) - prefill) / num_steps
+
+    @property
+    def draft_step_seconds(self) -> float | None:
+        """Mean time that goes into drafting for one verification step; `None` if it is not known."""
+        return self._per_step(answer.draft_seconds for answer in self.assisted)
+
+    @property
+    def verify_step_seconds(self) -> float | None:
+        """Mean time of one verification step; `None` if it is not known."""
+        return self._per_step(answer.verify_seconds for answer in self.assisted)
+
+    @property
+    def efficiency(self) -> float | None:
+        """The speedup by the one there were if everything but the steps of the target took no time.
+
+        With tau tokens a step, of which each takes as long as it does, that is tau * t(1) / t(n + 1), the time of a plain
+        step by that of a verification step of n drafts. What is lost is drafting, prefill, and all other work.
+        """
+        plain, verify = self.plain_step_seconds, self.verify_step_seconds
+        return self.speedup / (self.tau * plain / verify) if plain and verify else None
+
+    def _per_step(self, times: Iterable[float | None]) -> float | None:
+        seconds, num_steps = _total(times), len(self.accept_lengths)
+        return None if seconds is None or not num_steps else seconds / num_steps
+
+
+def _total(times: Iterable[float | None]) -> float | None:
+    known = list(times)
+    return None if not known or None in known else sum(known)
 
 
 def tokens_per_second(answers: list[Answer]) -> float:
@@ -85,12 +162,25 @@ def tokens_per_second(answers: list[Answer]) -> float:
     return sum(len(answer.token_ids) for answer in answers) / sum(answer.seconds for answer in answers)
 
 
+class _StepLengths(BaseStreamer):
+    """What stock assisted decoding emits at each step, which it tells nobody but a streamer."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.lengths.append(value.numel())
+
+    def end(self) -> None: ...
+
+
 def measure(
     target: PreTrainedModel,
     inputs: dict[str, torch.Tensor],
     head: PreTrainedModel | None,
     max_new_tokens: int,
     temperature: float = 0.0,
+    **options: Any,
 ) -> Answer:
     """Generate one answer and take the time.
 
@@ -100,21 +190,34 @@ def measure(
         head: The FSPAD head, or `None` for plain generation.
         max_new_tokens: Length limit.
         temperature: 0 for greedy decoding, else sampling from a fixed seed.
+        **options: Options of `generate` that assist it without a head, such as `prompt_lookup_num_tokens`.
 
     Returns:
         The answer.
     """
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    stock_lengths = _StepLengths() if options else None
     torch.manual_seed(0)
-    start = time.perf_counter()
-    output = target.generate(
-        **inputs, assistant_model=head, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **sampling
-    )
-    token_ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    seconds = time.perf_counter() - start
+    with ForwardWatch(target) as watch:
+        start = time.perf_counter()
+        output = target.generate(
+            **inputs,
+            assistant_model=head,
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            streamer=stock_lengths,
+            **sampling,
+            **options,
+        )
+        token_ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        seconds = time.perf_counter() - start
+    prefill, steps = (watch.prefill.seconds(), watch.steps.seconds()) if watch.num_forwards else (None, None)
     if head is None:
-        return Answer(token_ids, seconds, accept_lengths=[])
-    return Answer(token_ids, seconds, output.accept_lengths.flatten().tolist(), output.draft_time, output.verify_time)
+        # First the prompt is put, then what the prefill emits
+        accept_lengths = stock_lengths.lengths[2:] if stock_lengths else []
+        return Answer(token_ids, seconds, accept_lengths, None, steps, prefill)
+    accept_lengths = output.accept_lengths.flatten().tolist()
+    return Answer(token_ids, seconds, accept_lengths, output.draft_time, output.verify_time, prefill)
 
 
 def compare(

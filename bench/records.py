@@ -1,136 +1,182 @@
-"""Measured answers as JSON lines: what a model card and any other report are made from."""
+"""Measured answers as JSON lines: what model cards and reports are made from, and what a run goes on from."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from .measuring import Comparison
+from .measuring import Answer
+
+PLAIN = "plain"
+FSPAD = "fspad"
 
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One answer with the head, and what plain generation took for the same prompt if that was measured too.
+    """One answer to one prompt by one method.
 
     Args:
         prompts: Name of the set that the prompt is from.
+        question_id: Which prompt of the set it is.
         temperature: 0 for greedy decoding.
-        accept_lengths: Tokens emitted by each verification step.
-        num_tokens: New tokens.
-        seconds: Wall time of the whole `generate` call.
+        method: How it was generated; `PLAIN` for `generate` without any assistance, `FSPAD` for a head as it is.
+        answer: The answer and what it took.
+        turn: Which user's message of a dialogue it answers, from 1 on.
         task: Which part of the set the prompt is from.
-        draft_seconds: Part of the time that went into drafting.
-        verify_seconds: Part of the time that went into verification.
-        plain_num_tokens: New tokens of plain generation.
-        plain_seconds: Wall time of plain generation.
-        is_identical: Whether plain generation gave the same tokens.
-
-    Raises:
-        ValueError: If a step emitted nothing, a time is not positive, or plain generation has tokens without time.
     """
 
     prompts: str
+    question_id: int | str
     temperature: float
-    accept_lengths: list[int]
-    num_tokens: int
-    seconds: float
+    method: str
+    answer: Answer
+    turn: int = 1
     task: str | None = None
-    draft_seconds: float | None = None
-    verify_seconds: float | None = None
-    plain_num_tokens: int | None = None
-    plain_seconds: float | None = None
-    is_identical: bool | None = None
 
-    def __post_init__(self) -> None:
-        if any(length < 1 for length in self.accept_lengths):
-            raise ValueError(f"expected accept_lengths of at least 1, got {min(self.accept_lengths)}: measure again.")
-        for name in ("seconds", "plain_seconds"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"expected {name} to be positive, got {value}: measure again.")
-        if (self.plain_num_tokens is None) != (self.plain_seconds is None):
-            raise ValueError(
-                "expected plain_num_tokens and plain_seconds or neither of them, got "
-                f"{self.plain_num_tokens} and {self.plain_seconds}: add the other."
-            )
+    @property
+    def place(self) -> tuple[str, int | str, int, float]:
+        """What answers by different methods have in common, if they can be compared."""
+        return self.prompts, self.question_id, self.turn, self.temperature
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that is known, in one level, as JSON can hold it."""
+        values = {name: value for name, value in vars(self).items() if name != "answer"}
+        return {name: value for name, value in {**values, **vars(self.answer)}.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AnswerRecord:
+        """The record that was written as `to_dict` gives it.
+
+        Args:
+            values: Its fields and those of its answer.
+
+        Raises:
+            TypeError: If fields are missing or unknown.
+            ValueError: If a value is impossible.
+        """
+        of_answer = {field.name for field in dataclasses.fields(Answer)}
+        answer = Answer(**{name: value for name, value in values.items() if name in of_answer})
+        return cls(answer=answer, **{name: value for name, value in values.items() if name not in of_answer})
 
 
-def records_of(
-    comparison: Comparison, prompts: str, temperature: float, task: str | None = None
-) -> list[AnswerRecord]:
-    """What there is to record of a comparison.
+def pair_with_plain(records: Iterable[AnswerRecord], method: str) -> list[tuple[AnswerRecord, AnswerRecord | None]]:
+    """Find what plain generation took for the prompts that a method answered.
 
     Args:
-        comparison: Answers with the head, and the plain ones to the same prompts in the same order, or none.
-        prompts: Name of the set of prompts.
-        temperature: 0 for greedy decoding.
-        task: Which part of the set the prompts are from.
+        records: Answers by any methods.
+        method: One of them.
 
     Returns:
-        One record an answer.
+        The method's answers in their order, each with the plain one or `None`.
     """
-    records = []
-    for index, answer in enumerate(comparison.assisted):
-        record = AnswerRecord(
-            prompts,
-            temperature,
-            answer.accept_lengths,
-            len(answer.token_ids),
-            answer.seconds,
-            task,
-            answer.draft_seconds,
-            answer.verify_seconds,
+    records = list(records)
+    plain = {record.place: record for record in records if record.method == PLAIN}
+    return [(record, plain.get(record.place)) for record in records if record.method == method]
+
+
+def begin_records(path: Path, setup: Mapping[str, Any]) -> list[AnswerRecord]:
+    """Begin a file of records, or go on with one, of which a line that was only half written is cut off.
+
+    Args:
+        path: The file; its folder is made.
+        setup: What the figures depend on, as JSON can hold it; the first line of the file.
+
+    Returns:
+        The records that there are.
+
+    Raises:
+        ValueError: If the file was begun with another setup, or has other lines than records.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_bytes() if path.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if not whole.strip():
+        path.write_text(_to_line({"setup": dict(setup)}), encoding="utf-8")
+        return []
+    if len(whole) < len(text):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    before, now = read_setup(path), json.loads(json.dumps(setup))
+    if before != now:
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        differences = "; ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        raise ValueError(
+            f"expected the setup that {path} was begun with, got another one ({differences}): figures of both cannot be "
+            "compared. Go on with the former, or write to a new file."
         )
-        if comparison.plain:
-            plain = comparison.plain[index]
-            record = dataclasses.replace(
-                record,
-                plain_num_tokens=len(plain.token_ids),
-                plain_seconds=plain.seconds,
-                is_identical=plain.token_ids == answer.token_ids,
-            )
-        records.append(record)
-    return records
+    return read_records(path)
 
 
-def write_records(path: str | Path, records: Iterable[AnswerRecord]) -> None:
-    """Append records to a JSON-lines file; what is not known is left out.
+def append_record(path: Path, record: AnswerRecord) -> None:
+    """Append a record to a file.
 
     Args:
         path: The file.
-        records: What to append.
+        record: What to append.
     """
-    with Path(path).open("a", encoding="utf-8") as file:
-        for record in records:
-            known = {name: value for name, value in dataclasses.asdict(record).items() if value is not None}
-            file.write(json.dumps(known, ensure_ascii=False) + "\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_to_line(record.to_dict()))
 
 
 def read_records(path: str | Path) -> list[AnswerRecord]:
     """Read a JSON-lines file of measured answers.
 
     Args:
-        path: File with one object a line, whose keys are the fields of an [`AnswerRecord`].
+        path: File with one object a line, whose keys are the fields of an [`AnswerRecord`] and of its [`Answer`].
 
     Returns:
-        The records.
+        The records. There are none in a file that holds nothing but its setup.
 
     Raises:
         ValueError: If a line is no such object, or there is no line.
     """
+    lines = _numbered_lines(path)
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            records.append(AnswerRecord(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            names = ", ".join(field.name for field in dataclasses.fields(AnswerRecord))
-            raise ValueError(f"{path}:{number}: expected an object with some of {names}; {error}") from error
-    if not records:
-        raise ValueError(f"{path} is empty: expected a measured answer a line")
+            values = json.loads(line)
+            if number == lines[0][0] and "setup" in values:
+                continue
+            records.append(AnswerRecord.from_dict(values))
+        except (AttributeError, TypeError, ValueError) as error:
+            fields = [*dataclasses.fields(AnswerRecord), *dataclasses.fields(Answer)]
+            names = ", ".join(field.name for field in fields if field.name != "answer")
+            raise ValueError(
+                f"{path}:{number}: expected a measured answer, an object with some of {names}; {error}"
+            ) from error
     return records
+
+
+def read_setup(path: str | Path) -> dict[str, Any]:
+    """Read what the figures in a file of measured answers depend on.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The setup, which has `machine`, `dtype`, `threads` and more; empty if the file does not tell.
+
+    Raises:
+        ValueError: If there is no line, or the first is no JSON object.
+    """
+    number, line = _numbered_lines(path)[0]
+    try:
+        return json.loads(line).get("setup", {})
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path}:{number}: expected an object with what was measured, got {line[:80]!r}") from error
+
+
+def _numbered_lines(path: str | Path) -> list[tuple[int, str]]:
+    lines = enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1)
+    numbered = [(number, line) for number, line in lines if line.strip()]
+    if not numbered:
+        raise ValueError(f"{path} is empty: expected a measured answer a line")
+    return numbered
+
+
+def _to_line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"

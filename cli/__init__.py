@@ -1,4 +1,4 @@
-"""The command line: `fspad demo | train | convert | synthesize`."""
+"""The command line: `fspad demo | bench | train | convert | synthesize`."""
 
 from .main import app
 

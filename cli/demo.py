@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-import fspad
-from fspad.bench.machine import processor_name
+from fspad.bench.exactness import Exactness, check_exactness
+from fspad.bench.machine import default_device, describe_setup
 from fspad.bench.measuring import Comparison, compare, total
-from fspad.provenance import as_hub_id, check_vocabulary
 
-from .loading import encode, find_shipped_head, load_head, load_target, read_prompts
-from .smollm2 import TARGET_NAME
+from .loading import choose_dtype, encode, find_shipped_head, load_pair, read_prompts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Enough to see that texts are equal, in the slower dtype.
+CHECK_PROMPTS = 2
+CHECK_TOKENS = 32
 PROMPTS = [
     "Describe a morning at a busy fish market in one paragraph.",
     "List three habits that help people sleep better, with one sentence on each.",
@@ -55,24 +56,11 @@ def results_table(comparisons: list[Comparison]) -> Table:
     return table
 
 
-def describe_setup(dtype: torch.dtype) -> str:
-    """What the figures depend on: machine, releases, dtype and threads.
-
-    Args:
-        dtype: Dtype of target and head.
-
-    Returns:
-        One line of text.
-    """
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, fspad {fspad.__version__}"
-    return f"{processor_name()}; {versions}; {str(dtype).removeprefix('torch.')}; {torch.get_num_threads()} threads"
-
-
 def run_demo(
     console: Console,
     head_name: str | None,
     target_name: str | None,
-    dtype: torch.dtype,
+    dtype_name: str,
     prompts_file: Path | None,
     max_new_tokens: int,
     num_prompts: int,
@@ -84,24 +72,12 @@ def run_demo(
         Whether the answers are as they must be: identical in fp32.
 
     Raises:
-        ValueError: If the tokenizer is not that of the target that the head was trained for, or the head does not say
-            which target that is.
+        ValueError: If head and target do not belong together.
     """
     prompts = (read_prompts(prompts_file) if prompts_file else PROMPTS)[:num_prompts]
-    head_name = head_name or str(find_shipped_head())
     with console.status("Loading the head and its target ..."):
-        head = load_head(head_name, dtype)
-        recorded = head.config.target_model_name
-        if target_name is None and recorded not in (None, TARGET_NAME):
-            # A head may come from anybody, and must not say which of this machine's folders are read
-            if as_hub_id(recorded) is None:
-                raise ValueError(
-                    f"expected a head that records the Hub id of its target, got {recorded!r}: name it with `--target`."
-                )
-            target_name = recorded
-        target, tokenizer = load_target(target_name, dtype)
-        check_vocabulary(head.config, tokenizer)
-        head = head.to(target.device)
+        dtype = choose_dtype(dtype_name, default_device())
+        target, tokenizer, head = load_pair(head_name or str(find_shipped_head()), target_name, dtype)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Answering plain and with FSPAD in turn", total=2 * len(prompts))
@@ -110,7 +86,68 @@ def run_demo(
     for prompt, comparison in zip(prompts, comparisons, strict=True):
         print_answers(console, tokenizer, prompt, comparison)
     console.print(results_table(comparisons))
-    return print_summary(console, total(comparisons), target.dtype)
+    everything = total(comparisons)
+    setup = describe_setup(target.device, target.dtype)
+    print_setup(console, everything, setup)
+    if target.dtype != torch.float32:
+        if not everything.is_identical:
+            console.print(f"{setup['dtype']}: {NEAR_TIES}.", highlight=False)
+        with console.status("Checking that the answers are identical in float32 ..."):
+            exactness = check_in_float32(target, head, inputs[:CHECK_PROMPTS])
+    elif temperature > 0:
+        # The same seed gives the same tokens, and what is close in a draw is not known
+        exactness = Exactness(everything.num_identical, 0, len(comparisons) - everything.num_identical)
+    else:
+        exactness = check_exactness(target, inputs, comparisons)
+    is_fine = exactness is None or not exactness.different
+    console.print(
+        verdict(everything, exactness), style="bold" if is_fine else "bold red", highlight=False, markup=False
+    )
+    return is_fine
+
+
+def check_in_float32(
+    target: PreTrainedModel, head: PreTrainedModel, inputs: list[dict[str, torch.Tensor]]
+) -> Exactness | None:
+    """Compare short greedy answers in fp32, to which both models are converted for good.
+
+    Returns:
+        The counts, or `None` if the target has no room in fp32.
+    """
+    try:
+        target, head = target.float(), head.float()
+        return check_exactness(target, inputs, compare(target, head, inputs, CHECK_TOKENS))
+    except torch.OutOfMemoryError:
+        return None
+
+
+def verdict(everything: Comparison, exactness: Exactness | None) -> str:
+    """What came out, in one sentence.
+
+    Args:
+        everything: All answers.
+        exactness: What the check in fp32 counted; `None` if it could not be made.
+
+    Returns:
+        The sentence; of a head that makes it slower it says why.
+    """
+    speedup, tau = everything.speedup, everything.tau
+    check = f"fp32 check: {exactness or 'no memory for it'}"
+    check += ", which must not be: please report this." if exactness and exactness.different else "."
+    if speedup >= 1:
+        return f"{speedup:.2f}x faster than plain generate (tau {tau:.2f}); {check}"
+    plain, draft, verify = (
+        everything.plain_step_seconds,
+        everything.draft_step_seconds,
+        everything.verify_step_seconds,
+    )
+    if not (plain and verify):
+        return f"{speedup:.2f}x the speed of plain generate, as nothing was drafted; {check}"
+    return (
+        f"{speedup:.2f}x the speed of plain generate: a step takes as long as {(draft + verify) / plain:.2f} plain ones "
+        f"({verify / plain:.2f} for verification, {draft / plain:.2f} for drafting) and yields {tau:.2f} tokens (tau); "
+        f"{check}"
+    )
 
 
 def print_answers(console: Console, tokenizer: PreTrainedTokenizerBase, prompt: str, comparison: Comparison) -> None:
@@ -130,12 +167,8 @@ def print_answers(console: Console, tokenizer: PreTrainedTokenizerBase, prompt: 
     console.print("\n".join(lines), markup=False, highlight=False)
 
 
-def print_summary(console: Console, everything: Comparison, dtype: torch.dtype) -> bool:
-    """Print what the figures depend on and the verdict.
-
-    Returns:
-        `False` if answers differ that must not.
-    """
+def print_setup(console: Console, everything: Comparison, setup: Mapping[str, Any]) -> None:
+    """Print where the time went, and what the figures depend on."""
     draft, verify, seconds = (
         sum(getattr(answer, name) for answer in everything.assisted)
         for name in ("draft_seconds", "verify_seconds", "seconds")
@@ -143,11 +176,6 @@ def print_summary(console: Console, everything: Comparison, dtype: torch.dtype) 
     console.print(
         f"FSPAD's time: {draft / seconds:.0%} drafting, {verify / seconds:.0%} verification", highlight=False
     )
-    console.print(describe_setup(dtype), highlight=False, markup=False)
-    if everything.is_identical:
-        return True
-    if dtype != torch.float32:
-        console.print(f"{str(dtype).removeprefix('torch.')}: {NEAR_TIES}.", highlight=False)
-        return True
-    console.print("In float32 the answers must be identical. Please report this.", style="bold red")
-    return False
+    releases = ", ".join(f"{name} {setup[name]}" for name in ("torch", "transformers", "fspad"))
+    line = f"{setup['machine']}; {releases}; {setup['dtype']}; {setup['threads']} threads"
+    console.print(line, highlight=False, markup=False)

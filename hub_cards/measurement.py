@@ -7,16 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult
 
-from fspad.bench.records import AnswerRecord, records_of
-
-from .text import count, inline, table
-
-if TYPE_CHECKING:
-    from fspad.bench.measuring import Comparison
+from fspad.bench.markdown import count, inline, table
+from fspad.bench.measuring import Comparison
+from fspad.bench.records import FSPAD, AnswerRecord, pair_with_plain
 
 METRICS = {"tau": "Mean tokens per step of the target", "speedup": "Tokens per second relative to plain generate"}
 
@@ -76,10 +73,10 @@ class Measurement:
 
     @classmethod
     def from_records(cls, records: Sequence[AnswerRecord], **known: Any) -> Measurement:
-        """Put measured answers together.
+        """Put measured answers together: those with the head as it is, and the plain ones to the same prompts.
 
         Args:
-            records: Answers to prompts of one set at one temperature.
+            records: Answers to prompts of one set at one temperature; those by other methods are passed over.
             **known: What no record tells: `machine`, `dtype`, `threads`; and `task`, by default that of the records if
                 it is the same.
 
@@ -87,45 +84,35 @@ class Measurement:
             The measurement over all of them.
 
         Raises:
-            ValueError: If there is no record, or they are of several sets or temperatures.
+            ValueError: If there is no answer with the head, or they are of several sets or temperatures.
         """
-        runs = {(record.prompts, record.temperature) for record in records}
+        pairs = pair_with_plain(records, FSPAD)
+        runs = {(record.prompts, record.temperature) for record, _ in pairs}
         if len(runs) != 1:
-            raise ValueError(f"expected answers to one set of prompts at one temperature, got {sorted(runs)}")
+            raise ValueError(
+                f"expected answers with the head (method {FSPAD!r}) to one set of prompts at one temperature, got "
+                f"{sorted(runs)}"
+            )
         ((prompts, temperature),) = runs
-        tasks = {record.task for record in records}
-        lengths = [length for record in records for length in record.accept_lengths]
+        tasks = {record.task for record, _ in pairs}
+        everything = Comparison([], [record.answer for record, _ in pairs])
+        both = [(plain.answer, record.answer) for record, plain in pairs if plain is not None]
+        comparison = Comparison([plain for plain, _ in both], [answer for _, answer in both])
+        lengths = everything.accept_lengths
         deepest = max(lengths, default=1) - 1
-        both = [record for record in records if record.plain_seconds is not None]
-        judged = [record.is_identical for record in records if record.is_identical is not None]
         values = {
-            "tau": sum(lengths) / len(lengths) if lengths else 1.0,
-            "speedup": _speed(both) / _speed(both, "plain_") if both else None,
-            "tokens_per_second": _speed(records),
-            "num_prompts": len(records),
+            "tau": everything.tau,
+            "speedup": comparison.speedup if both else None,
+            "tokens_per_second": everything.assisted_speed,
+            "num_prompts": len(pairs),
             "task": tasks.pop() if len(tasks) == 1 else None,
             "acceptance_by_depth": [
                 sum(length > depth for length in lengths) / len(lengths) for depth in range(1, deepest + 1)
             ],
             "num_plain_prompts": len(both) or None,
-            "num_identical": sum(judged) if both and len(judged) == len(both) else None,
+            "num_identical": comparison.num_identical if both else None,
         }
         return cls(prompts, temperature, **{**values, **known})
-
-    @classmethod
-    def from_comparison(cls, comparison: Comparison, prompts: str, temperature: float, **known: Any) -> Measurement:
-        """Put the answers of a comparison together.
-
-        Args:
-            comparison: Answers of [`fspad.bench.measuring.compare`], `total` of which is one comparison.
-            prompts: Name of the set of prompts.
-            temperature: 0 for greedy decoding.
-            **known: `machine` (`fspad.bench.machine.describe_machine` tells it), `dtype`, `threads` and `task`.
-
-        Returns:
-            The measurement.
-        """
-        return cls.from_records(records_of(comparison, prompts, temperature), **known)
 
     @property
     def run(self) -> str:
@@ -161,14 +148,17 @@ def summarize(records: Sequence[AnswerRecord], **known: Any) -> list[Measurement
     """Measurements of every set of prompts at every temperature, and of every task in it if there are several.
 
     Args:
-        records: Measured answers.
+        records: Measured answers; those by other methods than the head as it is and plain ones are passed over.
         **known: What no record tells: `machine`, `dtype`, `threads`.
 
     Returns:
         Whole sets in the order of their first answers, each before its tasks.
     """
     runs: dict[tuple[str, float], dict[str | None, list[AnswerRecord]]] = {}
+    answered = {record.place for record in records if record.method == FSPAD}
     for record in records:
+        if record.place not in answered:
+            continue
         tasks = runs.setdefault((record.prompts, record.temperature), {})
         tasks.setdefault(record.task, []).append(record)
     measurements = []
@@ -180,12 +170,6 @@ def summarize(records: Sequence[AnswerRecord], **known: Any) -> list[Measurement
                 Measurement.from_records(part, **known) for task, part in tasks.items() if task is not None
             ]
     return measurements
-
-
-def _speed(records: Sequence[AnswerRecord], which: str = "") -> float:
-    """Tokens per second, with the head or (`plain_`) without."""
-    tokens, seconds = (sum(getattr(record, which + name) for record in records) for name in ("num_tokens", "seconds"))
-    return tokens / seconds
 
 
 def _temperature(measurement: Measurement) -> str:

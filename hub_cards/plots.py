@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fspad.bench.plot_style import COLORS, STYLE, save
+
 from .measurement import Measurement
 from .training import Evaluation
 
@@ -20,32 +22,10 @@ if TYPE_CHECKING:
 ACCEPTANCE = "acceptance_by_depth.png"
 TRAINING = "training.png"
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; markers tell the lines apart without any colour.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# They tell the lines apart without any colour.
 MARKERS = "os^Dv<>"
 MOST_MARKERS = 15
 LINES = ("-", "--", ":", "-.")
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelsize": 10,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "grid.color": "#DDDDDD",
-    "legend.fontsize": 9,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 1,  # no grid behind the text
-    "legend.handlelength": 3.2,  # long enough to tell dashes apart
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "savefig.dpi": 150,
-    "savefig.facecolor": "white",
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-}
 
 
 def draw_plots(card: FSPADModelCard, folder: Path) -> list[str]:
@@ -100,7 +80,7 @@ def draw_acceptance(measurements: Sequence[Measurement], path: Path) -> bool:
         axes.set_ylabel("Steps accepted to at least this depth")
         _show_shares(axes)
         axes.legend()
-        _save(figure, path)
+        save(figure, path)
     return True
 
 
@@ -129,7 +109,7 @@ def draw_training(evaluations: Sequence[Evaluation], path: Path) -> bool:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         grid[-1, 0].set_xlabel("Optimizer steps")
         figure.align_ylabels()
-        _save(figure, path)
+        save(figure, path)
     return True
 
 
@@ -181,8 +161,3 @@ def _show_shares(axes: Axes) -> None:
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    # Without the version of matplotlib, so that the same figures give the same file.
-    figure.savefig(path, metadata={"Software": None})

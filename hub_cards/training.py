@@ -12,8 +12,7 @@ import transformers
 
 import fspad
 from fspad.bench.machine import describe_machine
-
-from .text import count, inline, table
+from fspad.bench.markdown import count, inline, table
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -10,6 +10,7 @@ from .drafting import Drafter
 from .target import embed_tokens
 from .timing import Stopwatch
 from .verification import Verifier
+from .verification_mode import VerificationMode
 
 
 class DecodingLoop:
@@ -50,6 +51,8 @@ class DecodingLoop:
         prompt_inputs = dict(self.verifier.model_kwargs)
         past_length = self.verifier.cache.get_seq_length()
         verified = self.verifier.prefill(input_ids)
+        # Only now is it known whether the target can be told where the nodes of a tree stand
+        self.drafter.is_chain |= self.verifier.mode is VerificationMode.CHAIN
         input_ids, is_done = self.chooser.emit(input_ids, self.chooser.choose(input_ids, verified.logits[:, -1]))
         if not is_done:
             with self.draft_watch.running():

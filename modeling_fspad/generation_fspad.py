@@ -107,14 +107,12 @@ class AssistedDecodingMixin:
         self.config.check_drafting()
         check_inputs(input_ids, model_kwargs)
         num_draft_tokens, threshold = drafting_options(self.config, generation_config)
-        padding_mask = model_kwargs.get("attention_mask")
-        padding = 0 if padding_mask is None else int((padding_mask == 0).sum())
-        cache, attentions = model_kwargs.get("past_key_values"), bool(model_kwargs.get("output_attentions"))
-        mode, reason = Verifier.decide(target, cache, attentions, padding)
         if input_ids.shape[0] > 1:
             mode, reason = VerificationMode.PLAIN, f"the batch has {input_ids.shape[0]} rows, one is supported"
         elif synced_gpus:
             mode, reason = VerificationMode.PLAIN, "ranks run in step (synced_gpus)"
+        else:
+            mode, reason = Verifier.decide(target, model_kwargs)
         self._explain(target, mode, reason)
 
         if mode is VerificationMode.PLAIN:
@@ -167,9 +165,7 @@ class AssistedDecodingMixin:
             verify_time=loop.verify_watch.seconds(),
         )
 
-    def draft_sources(
-        self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int
-    ) -> list[DraftSource]:
+    def draft_sources(self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int) -> list[DraftSource]:
         """Who drafts for one call of `generate`, the cheapest first. Override it to add a source of your own.
 
         Args:
@@ -272,7 +268,9 @@ def drafting_options(
     if num_draft_tokens is None:
         num_draft_tokens = config.num_draft_tokens
     elif not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
-        raise ValueError(f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it.")
+        raise ValueError(
+            f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it."
+        )
     return num_draft_tokens, given("assistant_confidence_threshold")
 
 

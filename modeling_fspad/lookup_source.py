@@ -55,9 +55,7 @@ class NgramIndex:
         length = len(self.tokens)
         for n in range(min(LONGEST, length), SHORTEST - 1, -1):
             if ends := self._ends.get(tuple(self.tokens[length - n :])):
-                return [
-                    (self._matched(end, n), self.tokens[end : end + MAX_CONTINUATION]) for end in reversed(ends)
-                ]
+                return [(self._matched(end, n), self.tokens[end : end + MAX_CONTINUATION]) for end in reversed(ends)]
         return []
 
     def _matched(self, end: int, n: int) -> int:

@@ -32,6 +32,7 @@ from .generation_fspad import AssistedDecodingMixin
 from .hook import install_hook
 from .target import check_target, device_of
 
+
 @dataclass
 class FSPADOutput(ModelOutput):
     """Output of [`FSPADModel`].

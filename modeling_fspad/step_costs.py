@@ -95,15 +95,14 @@ class StepCosts:
             num_levels: Its levels.
             seconds: Its time.
         """
-        if num_levels == 1 or self._first_level is None:
-            self._first_level = _follow(self._first_level, seconds / num_levels)
-        else:
-            level = max(0.0, seconds - self._first_level) / (num_levels - 1)
-            self._further_level = _follow(self._further_level, level)
-
-
-def _follow(old: float | None, new: float) -> float:
-    return new if old is None else old + _LOCAL * (min(new, 2 * old) - old)
+        if self._first_level is None:
+            self._first_level = self._further_level = seconds / num_levels
+            return
+        # Towards the line through all that was seen, by normalised least mean squares
+        error = min(seconds, 2 * self.draft(num_levels)) - self.draft(num_levels)
+        step = _LOCAL * error / (1 + (num_levels - 1) ** 2)
+        self._first_level = max(0.0, self._first_level + step)
+        self._further_level = max(0.0, self._further_level + step * (num_levels - 1))
 
 
 def costs_of(target: PreTrainedModel, mode: VerificationMode) -> StepCosts:

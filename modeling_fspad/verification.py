@@ -17,7 +17,7 @@ from .position_limits import PositionLimits
 from .target import FeatureTap, device_of
 from .tree import DraftTree
 from .tree_attention import attention_windows, attentions_of_path, hidden_states_of_path, tree_attention_mask
-from .verification_mode import VerificationMode, check_rollback, decide_by_rule, decide_by_probe
+from .verification_mode import VerificationMode, check_rollback, decide_by_probe, decide_by_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,28 +73,22 @@ class Verifier:
         self.tap = FeatureTap(target)
 
     @classmethod
-    def decide(
-        cls,
-        target: PreTrainedModel,
-        cache: Cache | None,
-        output_attentions: bool = False,
-        padding: int = 0,
-    ) -> tuple[VerificationMode, str | None]:
+    def decide(cls, target: PreTrainedModel, model_kwargs: dict[str, Any]) -> tuple[VerificationMode, str | None]:
         """Decide how a target can verify drafts exactly: by what is known of it, else by a trial on its own weights.
 
         Args:
             target: The model that verifies.
-            cache: The cache that `generate` prepared for it.
-            output_attentions: Whether attentions are asked for, for which some targets compute in another way.
-            padding: Number of padding tokens before the prompt.
+            model_kwargs: The model inputs that `generate` prepared.
 
         Returns:
             The mode, and the reason when it is not the tree.
         """
+        cache, padding_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         mode, reason = decide_by_rule(target, cache)
         if mode is not None:
             return mode, reason
-        return decide_by_probe(cls, target, cache, reason, bool(output_attentions), padding > 0)
+        has_padding = padding_mask is not None and bool((padding_mask == 0).any())
+        return decide_by_probe(cls, target, cache, reason, bool(model_kwargs.get("output_attentions")), has_padding)
 
     def __enter__(self) -> Verifier:
         self.tap.__enter__()
@@ -162,12 +156,16 @@ class Verifier:
             tree: Root, then drafts.
             input_ids: The tokens so far, ending in the root, of shape `(1, length)`.
         """
-        if tree.num_nodes == 1:
-            model_inputs = self._one_token_inputs(input_ids)
-        elif self.mode is VerificationMode.TREE:
-            model_inputs = self._tree_inputs(tree, input_ids)
-        else:
+        if self.mode is VerificationMode.CHAIN and tree.num_nodes > 1:
             model_inputs = self._chain_inputs(tree, input_ids)
+        else:
+            model_inputs = self._one_token_inputs(input_ids)
+            # Processors are slower without a mask where heads share keys: torch 2.13 takes 1.3 times as long for a token
+            # of a bf16 target after 700 others
+            wants_mask = tree.num_nodes > 1 or self.target.device.type == "cpu"
+            computes_anew = model_inputs["input_ids"].shape[1] > 1
+            if self.mode is VerificationMode.TREE and wants_mask and not computes_anew:
+                self._widen(model_inputs, tree)
         with self.tap.record() as recorded:
             outputs = self.target(**model_inputs, return_dict=True)
         # A target that computes its cache anew returns more rows than the tree has
@@ -218,9 +216,8 @@ class Verifier:
         """What the target itself prepares to go on after the last token."""
         return self.target.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
 
-    def _tree_inputs(self, tree: DraftTree, input_ids: torch.LongTensor) -> dict[str, Any]:
-        """The inputs of one token, widened to the nodes of the tree."""
-        model_inputs = self._one_token_inputs(input_ids)
+    def _widen(self, model_inputs: dict[str, Any], tree: DraftTree) -> None:
+        """Make the inputs of one token those of the nodes of a tree."""
         model_inputs["input_ids"] = tree.tokens
         # Families count positions in ways of their own, so the tree only adds its depths
         root_position = model_inputs["position_ids"][..., -1:]
@@ -235,7 +232,6 @@ class Verifier:
             model_inputs["attention_mask"] = {name: value.to(device) for name, value in mask.items()}
         else:
             model_inputs["attention_mask"] = mask.to(device)
-        return model_inputs
 
     def _chain_inputs(self, tree: DraftTree, input_ids: torch.LongTensor) -> dict[str, Any]:
         kwargs = self._extended(ModelOutput(), tree.num_nodes - 1)

@@ -12,8 +12,6 @@ import fspad
 from fspad.draft_source import DraftSource
 
 
-
-
 @pytest.fixture(autouse=True)
 def _seed_and_threads():
     torch.manual_seed(0)
@@ -92,7 +90,10 @@ def make_head(target, seed: int = 0, **overrides):
         **overrides: Configuration fields.
     """
     torch.manual_seed(seed)
-    config = fspad.FSPADConfig.from_target(target.config, **{"initializer_range": 0.2, "draft_top_k": 10, **overrides})
+    config = fspad.FSPADConfig.from_target(
+        target.config,
+        **{"initializer_range": 0.2, "draft_top_k": 10, "num_draft_tokens": 59, "lookup": False, **overrides},
+    )
     return fspad.FSPADModel.from_target(target, config)
 
 

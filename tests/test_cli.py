@@ -59,7 +59,7 @@ def prompts(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "train", "synthesize"])
+@pytest.mark.parametrize("command", ["demo", "bench", "convert", "train", "synthesize"])
 def test_every_command_has_help(command):
     assert command in run("--help").output
     result = run(command, "--help")
@@ -74,11 +74,12 @@ def test_help_of_train_lists_the_training_arguments():
 
 def test_demo_answers_are_identical_and_measured(pair, prompts):
     target, head = pair
-    options = ("--prompts", prompts, "--num-prompts", 2, "--max-new-tokens", 12)
+    options = ("--prompts", prompts, "--num-prompts", 2, "--max-new-tokens", 12, "--dtype", "float32")
     result = run("demo", "--head", head, "--target", target, *options)
     assert result.exit_code == 0, result.output
     output = plain(result.output)
     assert output.count("plain and FSPAD: identical") == 2
+    assert output.endswith("fp32 check: identical.")
     assert "float32" in output
     assert "tau" in output
 
@@ -86,6 +87,7 @@ def test_demo_answers_are_identical_and_measured(pair, prompts):
 def test_demo_samples_with_a_temperature(pair, prompts):
     target, head = pair
     options = ("--prompts", prompts, "--num-prompts", 1, "--max-new-tokens", 12, "--temperature", 0.8)
+    options = (*options, "--dtype", "float32")
     result = run("demo", "--head", head, "--target", target, *options)
     assert result.exit_code == 0, result.output
     assert "identical" in result.output
@@ -96,10 +98,10 @@ def test_demo_fails_on_a_difference_only_in_float32(dtype, exit_code, pair, prom
     target, head = pair
     stock = fspad.cli.demo.compare
 
-    def compare_wrongly(*args):
-        comparisons = stock(*args)
-        comparisons[0].assisted[0].token_ids[-1] = 9
-        comparisons[0].plain[0].token_ids[-1] = 8
+    def compare_wrongly(target, *args):
+        comparisons = stock(target, *args)
+        if target.dtype == getattr(torch, dtype):
+            comparisons[0].assisted[0].token_ids[-1] = (comparisons[0].plain[0].token_ids[-1] + 1) % 97
         return comparisons
 
     monkeypatch.setattr(fspad.cli.demo, "compare", compare_wrongly)
@@ -108,6 +110,8 @@ def test_demo_fails_on_a_difference_only_in_float32(dtype, exit_code, pair, prom
     assert result.exit_code == exit_code
     assert "--- plain" in result.output
     assert ("near-ties" in result.output) == (dtype == "bfloat16")
+    verdict = "identical." if exit_code == 0 else "1 of 1 answers DIFFER, which must not be: please report this."
+    assert plain(result.output).endswith(f"fp32 check: {verdict}")
 
 
 def test_demo_without_a_head_says_what_to_do(monkeypatch, tmp_path):

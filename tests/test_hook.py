@@ -15,7 +15,7 @@ PROMPT = torch.tensor([[1, 2, 3]])
 
 def load_again(name):
     """Load the hook's file a second time, as another revision of the remote code would be."""
-    spec = importlib.util.spec_from_file_location(name, hook.__file__)
+    spec = importlib.util.spec_from_file_location(f"fspad.{name}", hook.__file__)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

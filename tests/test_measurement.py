@@ -4,25 +4,28 @@ from dataclasses import replace
 
 import pytest
 
-from fspad.bench.measuring import Answer, Comparison
-from fspad.bench.records import AnswerRecord
+from fspad.bench.measuring import Answer
+from fspad.bench.records import FSPAD, PLAIN, AnswerRecord
 from fspad.hub_cards import Measurement, summarize
 from fspad.hub_cards.measurement import acceptance_table, results_table, shared_setup
 
 SETUP = {"machine": "Some CPU, 2 cores", "dtype": "bfloat16", "threads": 2}
 
 
-def record(accept_lengths, seconds, plain_seconds=None, is_identical=None, **fields):
-    tokens = sum(accept_lengths) + 1
-    plain = {} if plain_seconds is None else {"plain_num_tokens": tokens, "plain_seconds": plain_seconds}
-    values = {"prompts": "Spec-Bench", "temperature": 0.0, "is_identical": is_identical, **plain, **fields}
-    return AnswerRecord(accept_lengths=accept_lengths, num_tokens=tokens, seconds=seconds, **values)
+def records_of(question_id, accept_lengths, seconds, plain_seconds=None, is_identical=True, **fields):
+    """The answer with the head to one prompt, and the plain one if its time is given."""
+    token_ids = list(range(sum(accept_lengths) + 1))
+    place = {"prompts": "Spec-Bench", "temperature": 0.0, "question_id": question_id, **fields}
+    records = [AnswerRecord(method=FSPAD, answer=Answer(token_ids, seconds, accept_lengths), **place)]
+    if plain_seconds is not None:
+        plain = Answer(token_ids if is_identical else token_ids[::-1], plain_seconds)
+        records.insert(0, AnswerRecord(method=PLAIN, answer=plain, **place))
+    return records
 
 
-RECORDS = [
-    record([3, 1, 1, 4], 2.0, plain_seconds=4.0, is_identical=True, task="math"),
-    record([1, 1, 2], 2.0, plain_seconds=2.0, is_identical=False, task="RAG"),
-]
+MATH = records_of(1, [3, 1, 1, 4], 2.0, plain_seconds=4.0, task="math")
+RAG = records_of(2, [1, 1, 2], 2.0, plain_seconds=2.0, is_identical=False, task="RAG")
+RECORDS = [*MATH, *RAG]
 
 
 def test_sums_over_answers():
@@ -38,7 +41,7 @@ def test_sums_over_answers():
 
 
 def test_speedup_is_of_the_answers_that_have_both_times():
-    measurement = Measurement.from_records([RECORDS[0], record([2, 2], 50.0)])
+    measurement = Measurement.from_records([*MATH, *records_of(3, [2, 2], 50.0)])
     assert measurement.speedup == pytest.approx(2.0)
     assert measurement.tokens_per_second == pytest.approx(15 / 52)
     assert (measurement.num_prompts, measurement.num_plain_prompts, measurement.num_identical) == (2, 1, 1)
@@ -48,30 +51,30 @@ def test_speedup_is_of_the_answers_that_have_both_times():
 
 
 def test_nothing_of_plain_generation_is_known_without_it():
-    measurement = Measurement.from_records([record([2, 2], 1.0)])
+    measurement = Measurement.from_records(records_of(1, [2, 2], 1.0))
     assert (measurement.speedup, measurement.num_plain_prompts, measurement.num_identical) == (None, None, None)
     assert [result.metric_type for result in measurement.eval_results()] == ["tau"]
 
 
 def test_answers_without_a_step():
-    measurement = Measurement.from_records([record([], 1.0)])
+    measurement = Measurement.from_records(records_of(1, [], 1.0))
     assert (measurement.tau, measurement.acceptance_by_depth) == (1.0, [])
 
 
-def test_comparison():
-    comparison = Comparison([Answer([5, 6, 7], 3.0, [])], [Answer([5, 6, 7], 1.5, [2])])
-    measurement = Measurement.from_comparison(comparison, "Held-out prompts", 1.0, task="short", **SETUP)
-    assert measurement.tau == comparison.tau == 2
-    assert measurement.speedup == comparison.speedup == 2
-    assert measurement.tokens_per_second == comparison.assisted_speed
-    assert (measurement.task, measurement.num_identical) == ("short", 1)
-    assert measurement.machine == SETUP["machine"]
+def test_other_methods_are_passed_over():
+    other = [replace(record, method="prompt-lookup") for record in RECORDS if record.method == FSPAD]
+    assert summarize([*RECORDS, *other]) == summarize(RECORDS)
+    assert summarize(other) == []
+
+
+def test_prompts_without_an_answer_with_the_head_are_passed_over():
+    assert summarize([*MATH, RAG[0]]) == summarize(MATH)
 
 
 def test_summary_has_whole_sets_before_their_tasks():
     sampled = [replace(r, temperature=1.0) for r in RECORDS]
-    other = replace(RECORDS[0], prompts="Held-out prompts", task=None)
-    measurements = summarize([*RECORDS, sampled[0], other, sampled[1]], **SETUP)
+    other = replace(MATH[1], prompts="Held-out prompts", task=None)
+    measurements = summarize([*RECORDS, *sampled[:2], other, *sampled[2:]], **SETUP)
     assert [(m.prompts, m.temperature, m.task, m.num_prompts) for m in measurements] == [
         ("Spec-Bench", 0.0, None, 2),
         ("Spec-Bench", 0.0, "math", 1),
@@ -83,14 +86,15 @@ def test_summary_has_whole_sets_before_their_tasks():
     ]
     assert {m.dtype for m in measurements} == {"bfloat16"}
     # A set of one task is told once.
-    assert [m.task for m in summarize(RECORDS[:1])] == ["math"]
+    assert [m.task for m in summarize(MATH)] == ["math"]
 
 
 def test_answers_of_several_runs_are_not_put_together():
     with pytest.raises(ValueError, match=r"one set of prompts at one temperature, got \[\('A', 0.0\), \('B', 0.0\)\]"):
-        Measurement.from_records([replace(RECORDS[0], prompts="A"), replace(RECORDS[0], prompts="B")])
-    with pytest.raises(ValueError, match=r"got \[\]"):
-        Measurement.from_records([])
+        Measurement.from_records([replace(MATH[1], prompts="A"), replace(MATH[1], prompts="B")])
+    for records in ([], MATH[:1]):
+        with pytest.raises(ValueError, match=r"with the head \(method 'fspad'\).* got \[\]"):
+            Measurement.from_records(records)
 
 
 def test_setup_is_told_once_if_it_is_the_same():

@@ -11,8 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-import transformers
-from conftest import SIZES, make_target
+from conftest import make_target
 from datasets import Dataset, load_dataset
 from test_data import MARKERS, WORDS, make_tokenizer
 from typer.testing import CliRunner
@@ -20,7 +19,6 @@ from typer.testing import CliRunner
 import fspad.trainer.synthesize as module
 from fspad.cli import app
 from fspad.cli.synthesize import load_prompts
-from fspad.trainer.completion import complete
 from fspad.trainer.data import prepare_dataset
 from fspad.trainer.synthesize import synthesize, write_prompts
 
@@ -53,83 +51,6 @@ def run(output, *arguments):
 
 def plain(text):
     return " ".join(text.split())
-
-
-LFM2 = transformers.Lfm2Config(
-    **{
-        **SIZES,
-        "layer_types": ["conv", "full_attention", "conv"],
-        "initializer_range": 0.5,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", LFM2])
-def test_greedy_batch_is_generate_row_by_row(family):
-    if isinstance(family, str):
-        target = make_target(family)
-    else:
-        target = transformers.AutoModelForCausalLM.from_config(family).eval()
-        target.generation_config.pad_token_id = 0
-    torch.manual_seed(2)
-    prompts = [torch.randint(97, (length,)).tolist() for length in (3, 9, 1, 5, 7, 4)]
-    plain = [target.generate(torch.tensor([p]), max_new_tokens=20, do_sample=False)[0, len(p) :] for p in prompts]
-    # Two tokens that greedy decoding writes here and there, so that rows end at different steps.
-    end_ids = [plain[0][4].item(), plain[3][9].item()]
-    answers = complete(target, prompts, [0.0] * 6, 20, end_ids)
-    expected = []
-    for tokens in (row.tolist() for row in plain):
-        stop = next((i + 1 for i, token in enumerate(tokens) if token in end_ids), 20)
-        expected.append(tokens[:stop])
-    assert answers == expected
-    assert len({len(answer) for answer in answers}) > 1
-
-
-def test_target_with_another_kind_of_cache_is_refused():
-    config = transformers.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, pad_token_id=None)
-    config.bos_token_id = config.eos_token_id = None
-    with pytest.raises(ValueError, match="got MambaForCausalLM"):
-        complete(transformers.AutoModelForCausalLM.from_config(config).eval(), [[5, 6]], [0.0], 3, [])
-
-
-def test_each_row_has_its_own_temperature():
-    target = make_target()
-    greedy = target.generate(torch.tensor([[5, 6]]), max_new_tokens=12, do_sample=False)[0, 2:].tolist()
-    answers = complete(target, [[5, 6]] * 8, [0.0, 1.0] * 4, 12, [])
-    assert all(answer == greedy for answer in answers[::2])
-    assert len({tuple(answer) for answer in answers[1::2]}) == 4
-
-
-def test_sampling_follows_the_targets_distribution():
-    target = make_target(vocab_size=8)
-    with torch.no_grad():
-        probs = (target(torch.tensor([[1, 2, 3]])).logits[0, -1] / 0.7).softmax(-1)
-    draws = torch.tensor(complete(target, [[1, 2, 3]] * 4000, [0.7] * 4000, 1, []))[:, 0]
-    frequencies = torch.bincount(draws, minlength=8) / 4000
-    assert (frequencies - probs).abs().max() < 0.03
-
-
-def test_draws_follow_from_the_seed_whatever_the_batch():
-    target = make_target()
-    prompts, seeds = [[5, 6], [7], [8, 9, 10, 11]], ["a", "b", "c"]
-    together = complete(target, prompts, [1.0] * 3, 15, [], seeds)
-    torch.manual_seed(7)
-    alone = [complete(target, [p], [1.0], 15, [], [seed])[0] for p, seed in zip(prompts, seeds, strict=True)]
-    assert together == alone
-    assert together != complete(target, prompts, [1.0] * 3, 15, [], ["d", "e", "f"])
-
-
-@pytest.mark.parametrize("number", [0.0, 1.0])
-def test_extreme_draws_are_tokens_of_some_probability(number):
-    from fspad.trainer.completion import _next_tokens
-
-    logits = torch.full((1, 200), -float("inf"))
-    logits[0, 3:90] = torch.randn(87)
-    token = _next_tokens(logits, torch.tensor([1.0]), torch.tensor([number]))
-    assert token.item() == (3 if number == 0 else 89)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

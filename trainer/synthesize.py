@@ -32,7 +32,7 @@ def synthesize(
     prompts: Sequence[str],
     output_file: str | Path,
     temperatures: Sequence[float] = (0.0, 1.0),
-    batch_size: int = 32,
+    batch_size: int = 64,
     max_new_tokens: int = 512,
     seed: int = 0,
 ) -> int:
@@ -173,7 +173,7 @@ def write_prompts(
     count: int,
     output_file: str | Path,
     temperature: float = 1.0,
-    batch_size: int = 32,
+    batch_size: int = 64,
     max_new_tokens: int = 128,
     seed: int = 0,
 ) -> list[str]:
