@@ -69,23 +69,24 @@ HONOURED = {
 # Options that ask for what a head cannot do exactly, and what the error says
 REFUSED = {
     "assistant_early_exit": ({"assistant_early_exit": 1}, "two sources of drafts"),
+    "assistant_ensemble_weight": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     "cache_implementation": ({"cache_implementation": "static"}, "static"),
     "constraints": ({"constraints": [1], "num_beams": 2}, "constrained beam search"),
     "diversity_penalty": ({"diversity_penalty": 0.5, "num_beams": 2, "num_beam_groups": 2}, "group beam search"),
-    "dola_layers": ({"dola_layers": "low"}, "dola generation"),
+    "dola_layers": ({"dola_layers": "low"}, "dola_layers"),
     "force_words_ids": ({"force_words_ids": [[3]], "num_beams": 2}, "constrained beam search"),
     "num_assistant_tokens": ({"num_assistant_tokens": -1}, "num_assistant_tokens"),
     "num_beam_groups": ({"num_beam_groups": 2, "num_beams": 2}, "group beam search"),
     "num_beams": ({"num_beams": 2}, "beam search"),
     "penalty_alpha": ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
     "prompt_lookup_num_tokens": ({"prompt_lookup_num_tokens": 3}, "two sources of drafts"),
+    "speculation_type": ({"speculation_type": "dflash"}, "speculation_type"),
     "use_cache": ({"use_cache": False}, "needs the target's cache"),
     "use_mtp": ({"use_mtp": True}, "two sources of drafts"),
 }
 
 # Options that change nothing, with a value that is tried where it can be given, and the reason
 WITHOUT_MEANING = {
-    "assistant_ensemble_weight": (0.5, "accepts tokens that are not the target's; a head stays lossless"),
     "assistant_lookbehind": (4, "for assistants with another tokenizer"),
     "compile_config": (None, "for caches that can be compiled, which are refused"),
     "continuous_batching_config": (None, "for `generate_batch`, which takes no assistant"),
@@ -100,7 +101,6 @@ WITHOUT_MEANING = {
     "max_cache_len": (64, "for static caches, which are refused"),
     "max_matching_ngram_size": (3, "for prompt lookup, which is refused"),
     "num_assistant_tokens_schedule": ("heuristic", "the size of a draft follows from the head's configuration"),
-    "speculation_type": ("dflash", "names another way to draft; the head's own loop is used"),
     "target_lookbehind": (4, "for assistants with another tokenizer"),
     "transformers_version": (None, "tells who wrote the configuration"),
 }
