@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 PROMPT_LOOKUP = "prompt-lookup"
 NO_LOOKUP = "fspad-no-lookup"
 CHAIN = "fspad-chain"
+REFERENCE = "fspad-reference"
 EARLY_EXIT = "early-exit"
 PROMPT_LOOKUP_TOKENS = 10
+# Tokens of the tree of EAGLE-2 and of the paper, the root not counted
+REFERENCE_DRAFT_TOKENS = 59
 
 # What a saved configuration tells of files and releases, and not of what is drafted.
 _NOT_OF_THE_HEAD = frozenset(("_name_or_path", "transformers_version", "dtype", "auto_map"))
@@ -95,8 +98,8 @@ def make_methods(
         early_exit: Number of the target's own layers that draft, for targets that were trained for it.
 
     Returns:
-        Plain generation, prompt lookup, the head as it is, without its own lookup if it has one, and as a chain, and what
-        else is asked for.
+        Plain generation, prompt lookup, the head as it is, without lookup, as a chain, and with the tree of the reference,
+        and what else is asked for.
 
     Raises:
         ValueError: If two methods have the same name, or so many layers are no early exit.
@@ -105,10 +108,10 @@ def make_methods(
         Method(PLAIN),
         Method(PROMPT_LOOKUP, options={"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}),
         Method(FSPAD, head),
-        Method(CHAIN, head, settings={"draft_top_k": 1}),
+        Method(NO_LOOKUP, head, settings={"lookup": False}),
+        Method(CHAIN, head, settings={"lookup": False, "draft_top_k": 1}),
+        Method(REFERENCE, head, settings={"lookup": False, "num_draft_tokens": REFERENCE_DRAFT_TOKENS}),
     ]
-    if hasattr(head.config, "lookup"):
-        methods.insert(3, Method(NO_LOOKUP, head, settings={"lookup": False}))
     methods += [Method(name, other) for name, other in (also or {}).items()]
     if early_exit is not None:
         num_layers = target.config.get_text_config(decoder=True).num_hidden_layers

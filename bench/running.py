@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from fspad.tree_attention import learned_positions
+from fspad.position_limits import position_table_length
 
 from .measuring import WARM_UP_TOKENS
 from .methods import Method
@@ -116,7 +116,7 @@ class Benchmark:
             method.answer(self.target, inputs, min(WARM_UP_TOKENS, self.max_new_tokens), self.temperatures[0])
 
     def _has_room(self, inputs: dict[str, torch.Tensor], question: Question, turn: int) -> bool:
-        length, limit = inputs["input_ids"].shape[1], learned_positions(self.target)
+        length, limit = inputs["input_ids"].shape[1], position_table_length(self.target)
         if limit is None or length + self.max_new_tokens <= limit:
             return True
         logger.warning(

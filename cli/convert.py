@@ -32,6 +32,7 @@ DRAFTING_FIELDS = (
     "draft_depth",
     "draft_top_k",
     "num_draft_tokens",
+    "lookup",
     "target_model_name",
     "target_revision",
     "target_vocab_hash",

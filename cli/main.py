@@ -225,7 +225,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Measure this method beside `plain`; may be given more than once. By default `prompt-lookup`, `fspad`, "
-            "`fspad-no-lookup`, `fspad-chain`, and what `--also` and `--early-exit` add."
+            "`fspad-no-lookup`, `fspad-chain`, `fspad-reference` (a tree of 59 tokens), and what `--also` and `--early-exit` add."
         ),
     ] = None,
     early_exit: Annotated[

@@ -121,7 +121,7 @@ def train(
         raise ValueError(f"expected at least {num_dialogues} dialogues, got {len(dataset)}: lower --max_steps")
     torch.manual_seed(seed)
     variant = {"feature_sampling": recipe.feature_sampling, "partial_alignment": recipe.partial_alignment}
-    config = FSPADConfig.from_target(target.config, **variant, draft_depth=4, num_draft_tokens=16)
+    config = FSPADConfig.from_target(target.config, **variant, draft_depth=4, num_draft_tokens=16, lookup=False)
     head = FSPADModel.from_target(target, config).float()
     if recipe.draft_vocab_size is not None:
         head.set_draft_vocabulary(most_frequent_tokens(counts, recipe.draft_vocab_size))

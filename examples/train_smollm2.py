@@ -120,8 +120,7 @@ def main() -> None:
     variant = {"feature_sampling": example.feature_sampling, "partial_alignment": example.partial_alignment}
     head = make_head(HeadArguments(head=example.head, **variant), target)
     if example.head is None:
-        # A tree of the size that paid best on a CPU with two cores
-        head.config.draft_depth, head.config.num_draft_tokens = 4, 16
+        head.config.draft_depth = 4
         if example.draft_vocab_size:
             dataset = trim_vocabulary(head, dataset, tokenizer, args, example.draft_vocab_size)
     if example.cache_features:

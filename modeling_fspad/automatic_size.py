@@ -83,14 +83,13 @@ class AutomaticSize:
             self._learn_worth(worth - self.rate * self.costs.draft(self._levels) - self._without_head)
         return ranking[:num_nodes]
 
-    def end(self, num_nodes: int, num_emitted: int, draft_seconds: float | None, verify_seconds: float | None) -> None:
+    def end(self, num_nodes: int, num_emitted: int, draft_seconds: float, verify_seconds: float) -> None:
         """Learn from the times of the step."""
         # Not of the first draft, for which the head takes in the whole prompt
-        if self._levels and self._has_drafted and draft_seconds is not None:
+        if self._levels and self._has_drafted:
             self.costs.observe_draft(self._levels, draft_seconds)
         self._has_drafted |= self._levels > 0
-        if verify_seconds is not None:
-            self.costs.observe_verify(num_nodes, verify_seconds)
+        self.costs.observe_verify(num_nodes, verify_seconds)
         seconds = self.costs.verify(num_nodes) + self.costs.draft(self._levels)
         self._tokens += _RATE * (num_emitted - self._tokens)
         self._seconds += _RATE * (seconds - self._seconds)

@@ -10,6 +10,7 @@ from .drafting import Drafter
 from .target import embed_tokens
 from .timing import Stopwatch
 from .verification import Verifier
+from .verification_mode import VerificationMode
 
 
 class DecodingLoop:
@@ -48,17 +49,18 @@ class DecodingLoop:
     def _prefill(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, bool]:
         """Run the target on the prompt, choose the first token, and show both to the drafter."""
         prompt_inputs = dict(self.verifier.model_kwargs)
-        past_length = self.verifier.cache.get_seq_length()
         verified = self.verifier.prefill(input_ids)
+        # Only now is it known whether the target can be told where the nodes of a tree stand
+        self.drafter.is_chain |= self.verifier.mode is VerificationMode.CHAIN
         input_ids, is_done = self.chooser.emit(input_ids, self.chooser.choose(input_ids, verified.logits[:, -1]))
         if not is_done:
             with self.draft_watch.running():
-                self._show_prompt(verified.features, input_ids, prompt_inputs, past_length)
+                self._show_prompt(verified.features, input_ids, prompt_inputs)
         return input_ids, is_done
 
-    def _show_prompt(
-        self, features: torch.Tensor, input_ids: torch.LongTensor, inputs: dict, past_length: int
-    ) -> None:
+    def _show_prompt(self, features: torch.Tensor, input_ids: torch.LongTensor, inputs: dict) -> None:
+        # Not what was cached before, of which a target may have computed all anew
+        past_length = self.verifier.cache.get_seq_length() - features.shape[1]
         length, prompt_embeds = features.shape[1], inputs.get("inputs_embeds")
         if prompt_embeds is None and length >= input_ids.shape[1]:  # states of an image stand before the text
             past_length += length - input_ids.shape[1] + 1

@@ -38,13 +38,13 @@ class DraftSize(Protocol):
             candidates: Everything that was proposed for this row.
         """
 
-    def end(self, num_nodes: int, num_emitted: int, draft_seconds: float | None, verify_seconds: float | None) -> None:
+    def end(self, num_nodes: int, num_emitted: int, draft_seconds: float, verify_seconds: float) -> None:
         """A step has ended.
 
         Args:
             num_nodes: Nodes that were verified, the root included.
             num_emitted: Tokens that were emitted.
-            draft_seconds: What drafting took, `None` if that is not known without waiting.
+            draft_seconds: What drafting took, on the host's clock.
             verify_seconds: What verification took, likewise.
         """
 
@@ -81,5 +81,5 @@ class FixedSize:
         """The best of all (EAGLE-2, arXiv 2406.16858, section 4.2)."""
         return candidates.ranking()[: self.max_candidates]
 
-    def end(self, num_nodes: int, num_emitted: int, draft_seconds: float | None, verify_seconds: float | None) -> None:
+    def end(self, num_nodes: int, num_emitted: int, draft_seconds: float, verify_seconds: float) -> None:
         """Nothing to learn."""

@@ -107,14 +107,12 @@ class AssistedDecodingMixin:
         self.config.check_drafting()
         check_inputs(input_ids, model_kwargs)
         num_draft_tokens, threshold = drafting_options(self.config, generation_config)
-        padding_mask = model_kwargs.get("attention_mask")
-        padding = 0 if padding_mask is None else int((padding_mask == 0).sum())
-        cache, attentions = model_kwargs.get("past_key_values"), bool(model_kwargs.get("output_attentions"))
-        mode, reason = Verifier.decide(target, cache, attentions, padding)
         if input_ids.shape[0] > 1:
             mode, reason = VerificationMode.PLAIN, f"the batch has {input_ids.shape[0]} rows, one is supported"
         elif synced_gpus:
             mode, reason = VerificationMode.PLAIN, "ranks run in step (synced_gpus)"
+        else:
+            mode, reason = Verifier.decide(target, model_kwargs)
         self._explain(target, mode, reason)
 
         if mode is VerificationMode.PLAIN:

@@ -11,7 +11,7 @@ from .configuration_fspad import common_value
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_LENGTHS = ("max_target_positions", "max_position_embeddings", "n_positions", "max_seq_len")
 
 
 class PositionLimits:

@@ -20,22 +20,23 @@ class Stopwatch:
         self.device = device
         self._seconds = 0.0
         self._events: list[tuple[torch.Event, torch.Event]] = []
-        # Of the last block, where it is known without waiting
-        self.last: float | None = None
+        # Of the last block on the host's clock: true for blocks that begin and end with a wait for the device
+        self.last = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count the time of this block."""
-        if self.device.type in ("cuda", "xpu"):
+        has_events = self.device.type in ("cuda", "xpu")
+        start_time = time.perf_counter()
+        if has_events:
             start, end = (torch.Event(self.device, enable_timing=True) for _ in range(2))
             start.record()
-            yield
+        yield
+        self.last = time.perf_counter() - start_time
+        if has_events:
             end.record()
             self._events.append((start, end))
         else:
-            start_time = time.perf_counter()
-            yield
-            self.last = time.perf_counter() - start_time
             self._seconds += self.last
 
     def seconds(self) -> float:

@@ -73,28 +73,22 @@ class Verifier:
         self.tap = FeatureTap(target)
 
     @classmethod
-    def decide(
-        cls,
-        target: PreTrainedModel,
-        cache: Cache | None,
-        output_attentions: bool = False,
-        padding: int = 0,
-    ) -> tuple[VerificationMode, str | None]:
+    def decide(cls, target: PreTrainedModel, model_kwargs: dict[str, Any]) -> tuple[VerificationMode, str | None]:
         """Decide how a target can verify drafts exactly: by what is known of it, else by a trial on its own weights.
 
         Args:
             target: The model that verifies.
-            cache: The cache that `generate` prepared for it.
-            output_attentions: Whether attentions are asked for, for which some targets compute in another way.
-            padding: Number of padding tokens before the prompt.
+            model_kwargs: The model inputs that `generate` prepared.
 
         Returns:
             The mode, and the reason when it is not the tree.
         """
+        cache, padding_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         mode, reason = decide_by_rule(target, cache)
         if mode is not None:
             return mode, reason
-        return decide_by_probe(cls, target, cache, reason, bool(output_attentions), padding > 0)
+        has_padding = padding_mask is not None and bool((padding_mask == 0).any())
+        return decide_by_probe(cls, target, cache, reason, bool(model_kwargs.get("output_attentions")), has_padding)
 
     def __enter__(self) -> Verifier:
         self.tap.__enter__()

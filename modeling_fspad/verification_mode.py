@@ -107,8 +107,12 @@ def decide_by_rule(target: PreTrainedModel, cache: Cache | None) -> tuple[Verifi
 
 
 def _is_croppable(cache: Cache) -> bool:
-    # Before the prefill, layers of some kinds do not exist yet, and releases before 5.2x do not tell
-    return not cache.layers or getattr(cache, "is_croppable", True)
+    # A layer of convolutions cannot tell before the prefill, and releases before 5.2x never do
+    is_empty = cache.get_seq_length() == 0
+    return all(
+        getattr(layer, "is_croppable", True) or (is_empty and type(layer) is LinearAttentionLayer)
+        for layer in cache.layers
+    )
 
 
 def decide_by_probe(

@@ -90,7 +90,10 @@ def make_head(target, seed: int = 0, **overrides):
         **overrides: Configuration fields.
     """
     torch.manual_seed(seed)
-    config = fspad.FSPADConfig.from_target(target.config, **{"initializer_range": 0.2, "draft_top_k": 10, **overrides})
+    config = fspad.FSPADConfig.from_target(
+        target.config,
+        **{"initializer_range": 0.2, "draft_top_k": 10, "num_draft_tokens": 59, "lookup": False, **overrides},
+    )
     return fspad.FSPADModel.from_target(target, config)
 
 

@@ -43,9 +43,8 @@ def test_all_methods_on_all_questions(files):
     result = bench(files, *options, "--output", files / "report", "--name", "Some questions")
     assert result.exit_code == 0, result.output
     records = read_records(files / "records.jsonl")
-    methods = ["plain", "prompt-lookup", "fspad", "fspad-no-lookup", "fspad-chain", "eagle", "early-exit"]
-    if not hasattr(fspad.FSPADConfig(), "lookup"):
-        methods.remove("fspad-no-lookup")
+    ours = ["fspad", "fspad-no-lookup", "fspad-chain", "fspad-reference"]
+    methods = ["plain", "prompt-lookup", *ours, "eagle", "early-exit"]
     assert {record.method for record in records} == set(methods)
     assert len(records) == 2 * 4 * len(methods)
     assert {(record.prompts, record.task) for record in records} == {

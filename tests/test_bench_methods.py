@@ -24,14 +24,17 @@ def head(target):
 
 
 def names(made):
-    return [method.name for method in made if method.name != "fspad-no-lookup"]
+    return [method.name for method in made]
+
+
+OURS = ["fspad", "fspad-no-lookup", "fspad-chain", "fspad-reference"]
 
 
 def test_the_head_and_its_peers(target, head):
-    assert names(make_methods(head, target)) == ["plain", "prompt-lookup", "fspad", "fspad-chain"]
+    assert names(make_methods(head, target)) == ["plain", "prompt-lookup", *OURS]
     other = make_head(target, seed=1)
     made = make_methods(head, target, {"eagle": other}, early_exit=2)
-    assert names(made) == ["plain", "prompt-lookup", "fspad", "fspad-chain", "eagle", "early-exit"]
+    assert names(made) == ["plain", "prompt-lookup", *OURS, "eagle", "early-exit"]
     assert [method.head for method in made if method.name in ("fspad", "eagle")] == [head, other]
 
 
@@ -43,22 +46,24 @@ def test_every_method_gives_the_plain_answer(target, head):
     assert all(answer.accept_lengths for name, answer in answers.items() if name != "plain")
 
 
-def test_without_its_own_lookup_where_the_head_has_one(target, head, monkeypatch):
-    monkeypatch.setattr(head.config, "lookup", True, raising=False)
-    (method,) = [method for method in make_methods(head, target) if method.name == "fspad-no-lookup"]
-    seen = []
-    monkeypatch.setattr(methods, "measure", lambda target, inputs, head, *args: seen.append(head.config.lookup))
-    method.answer(target, INPUTS, 10, 0.0)
-    assert (seen, head.config.lookup) == ([False], True)
+def test_settings_are_those_of_one_method_alone(target, head, monkeypatch):
+    head.config.lookup, head.config.num_draft_tokens = True, "auto"
+    seen = {}
 
+    def measure(target, inputs, head, *args, **options):
+        config = head and head.config
+        return head and (config.lookup, config.draft_top_k, config.num_draft_tokens)
 
-def test_chain_is_a_setting_of_one_method(target, head, monkeypatch):
-    seen = []
-    monkeypatch.setattr(methods, "measure", lambda target, inputs, head, *args: seen.append(head.config.draft_top_k))
+    monkeypatch.setattr(methods, "measure", measure)
     for method in make_methods(head, target):
-        if method.name in ("fspad", "fspad-chain"):
-            method.answer(target, INPUTS, 10, 0.0)
-    assert (seen, head.config.draft_top_k) == ([10, 1], 10)
+        seen[method.name] = method.answer(target, INPUTS, 10, 0.0)
+    assert [seen[name] for name in OURS] == [
+        (True, 10, "auto"),
+        (False, 10, "auto"),
+        (False, 1, "auto"),
+        (False, 10, 59),
+    ]
+    assert (head.config.lookup, head.config.draft_top_k, head.config.num_draft_tokens) == (True, 10, "auto")
 
 
 def test_settings_are_restored_after_an_error():

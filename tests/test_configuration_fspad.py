@@ -58,7 +58,7 @@ def test_every_decoder_gets_a_head_of_its_size(name):
 
 
 def test_encoder_decoder_targets_are_refused():
-    with pytest.raises(ValueError, match="decoder-only target, got the encoder-decoder 't5'"):
+    with pytest.raises(ValueError, match="decoder-only models, got the encoder-decoder 't5'"):
         FSPADConfig.from_target(transformers.T5Config())
 
 

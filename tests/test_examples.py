@@ -86,7 +86,7 @@ def test_train_smollm2(tmp_path, monkeypatch, capsys, load_example):
     # Of the given dialogues one is held out
     assert json.loads((head / "features" / "features.json").read_text())["rows"] == 4
     config = FSPADModel.from_pretrained(head).config
-    assert (config.draft_vocab_size, config.draft_depth, config.num_draft_tokens) == (40, 4, 16)
+    assert (config.draft_vocab_size, config.draft_depth, config.num_draft_tokens) == (40, 4, "auto")
     assert (config.feature_sampling, config.partial_alignment) == (True, False)
     assert "Draft vocabulary: 40 tokens, " in capsys.readouterr().out
     train_smollm2(*arguments, "--max_steps", 2, "--resume")

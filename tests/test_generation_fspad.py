@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from comparing import assert_same, check_accept_lengths, generate
-from conftest import FAMILIES, make_head, make_target
+from conftest import FAMILIES, know_the_future, make_head, make_target
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 
 from fspad.versions import release
@@ -241,23 +241,51 @@ def test_a_hook_that_comes_or_goes_in_another_thread_is_inert():
         target.get_output_embeddings()._forward_pre_hooks_with_kwargs[tap._handle.id] = True
 
 
+class FailingStreamer(TextStreamer):
+    def __init__(self):
+        self.num_put = 0
+
+    def put(self, value):
+        self.num_put += 1
+        if self.num_put > 4:
+            raise RuntimeError("streamer fails")
+
+    def end(self):
+        pass
+
+
+class FailingCriterion(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] > 7:
+            raise KeyboardInterrupt("criterion fails")
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_users_cache_is_whole_after_an_exception(family):
+@pytest.mark.parametrize(
+    "failing",
+    [
+        lambda: {"logits_processor": [Failing()]},
+        lambda: {"stopping_criteria": [FailingCriterion()]},
+        lambda: {"streamer": FailingStreamer()},
+    ],
+    ids=["processor", "criterion", "streamer"],
+)
+def test_a_users_cache_is_whole_after_an_exception(family, failing):
     target = make_target(family, vocab_size=9)
-    lengths = []
-    for assistant in (None, make_head(target)):
+    head = make_head(target)
+    prompt = torch.tensor([[1, 2, 3]])
+    know_the_future(head, target.generate(prompt, max_new_tokens=30), seed=5)
+    caches = []
+    for assistant in (None, head):
         cache = DynamicCache(config=target.config)
-        with pytest.raises(RuntimeError, match="processor fails"):
-            target.generate(
-                torch.tensor([[1, 2, 3]]),
-                assistant_model=assistant,
-                max_new_tokens=30,
-                past_key_values=cache,
-                logits_processor=[Failing()],
-            )
-        lengths.append([layer.get_seq_length() for layer in cache.layers])
+        with pytest.raises((RuntimeError, KeyboardInterrupt), match="fails"):
+            target.generate(prompt, assistant_model=assistant, max_new_tokens=30, past_key_values=cache, **failing())
         assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
-    assert lengths[0] == lengths[1]
+        caches.append(cache)
+    for plain_layer, our_layer in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert plain_layer.get_seq_length() == our_layer.get_seq_length()
+        torch.testing.assert_close(our_layer.keys, plain_layer.keys, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(
@@ -291,43 +319,3 @@ def test_a_head_of_another_dtype_is_used_as_it_is_with_one_warning(caplog):
     plain = target.generate(torch.tensor([[1, 2]]), max_new_tokens=20)
     assert torch.equal(target.generate(torch.tensor([[1, 2]]), assistant_model=head, max_new_tokens=20), plain)
     assert head.dtype == torch.bfloat16
-
-
-def test_positions_end_where_the_target_ends():
-    """Learned positions are a table: no draft may look beyond its end, where plain decoding never looks."""
-    target = make_target("gpt2", vocab_size=9, n_positions=24)
-    head = make_head(target)
-    prompt = torch.randint(1, 9, (1, 10))
-    assert_same(
-        generate(target, prompt, do_sample=False, max_new_tokens=14),
-        generate(target, prompt, head, do_sample=False, max_new_tokens=14),
-    )
-
-
-def test_padding_takes_no_positions():
-    target = make_target("gpt2", vocab_size=9, n_positions=24)
-    prompt, mask = torch.ones(1, 30, dtype=torch.long), torch.tensor([[0] * 20 + [1] * 10])
-    options = {"do_sample": False, "max_new_tokens": 14, "attention_mask": mask}
-    assert_same(generate(target, prompt, **options), generate(target, prompt, make_head(target), **options))
-
-
-def test_prompts_longer_than_the_targets_positions_are_refused():
-    target = make_target("gpt2", vocab_size=9, n_positions=24)
-    with pytest.raises(ValueError, match="the prompt has 25 tokens, GPT2LMHeadModel has 24 positions"):
-        target.generate(torch.ones(1, 25, dtype=torch.long), assistant_model=make_head(target), max_new_tokens=2)
-
-
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "yarn", "llama3"])
-def test_rope_scalings_of_the_target(rope_type):
-    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
-    if rope_type != "dynamic":
-        rope["original_max_position_embeddings"] = 24
-    if rope_type == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    if rope_type == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    target = make_target(vocab_size=9, rope_parameters=rope, max_position_embeddings=24)
-    head = make_head(target)
-    prompt = torch.randint(1, 9, (1, 10))
-    plain = generate(target, prompt, do_sample=False, max_new_tokens=40)
-    assert_same(plain, generate(target, prompt, head, do_sample=False, max_new_tokens=40), rope_type)

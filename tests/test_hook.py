@@ -15,7 +15,7 @@ PROMPT = torch.tensor([[1, 2, 3]])
 
 def load_again(name):
     """Load the hook's file a second time, as another revision of the remote code would be."""
-    spec = importlib.util.spec_from_file_location(name, hook.__file__)
+    spec = importlib.util.spec_from_file_location(f"fspad.{name}", hook.__file__)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -28,6 +28,45 @@ def test_wrapped_once_however_often_it_is_installed():
     hook.install_hook()
     load_again("another_revision_of_hook").install_hook()
     assert [getattr(owner, name) for owner, name in hook.WRAPPERS] == before
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """Puts stock methods back, as a library does that patches transformers in its own way."""
+
+    def put_back(*names):
+        for owner, name in hook.WRAPPERS:
+            if name in names:
+                monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
+
+    return put_back
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("_assisted_decoding",), ("_validate_generation_mode",), ("_assisted_decoding", "_validate_generation_mode")],
+)
+def test_the_hook_heals_while_a_part_of_it_is_left(stock, names):
+    target = make_target(vocab_size=9)
+    head = make_head(target)
+    plain = target.generate(PROMPT, max_new_tokens=20, do_sample=False)
+    stock(*names)
+    output = target.generate(
+        PROMPT, assistant_model=head, max_new_tokens=20, do_sample=False, return_dict_in_generate=True
+    )
+    assert torch.equal(output.sequences, plain)
+    assert output.accept_lengths.max() > 1
+    assert all(getattr(getattr(owner, name), "_fspad_hook", None) == 1 for owner, name in hook.WRAPPERS)
+
+
+def test_a_hook_that_is_gone_is_named_and_installed_again(stock):
+    target = make_target(vocab_size=9)
+    head = make_head(target)
+    plain = target.generate(PROMPT, max_new_tokens=20, do_sample=False)
+    stock("_assisted_decoding", "_validate_generation_mode", "get_generation_mode")
+    with pytest.raises(AttributeError, match="a hook in `generate`, which another library has replaced"):
+        target.generate(PROMPT, assistant_model=head, max_new_tokens=20, do_sample=False)
+    assert torch.equal(target.generate(PROMPT, assistant_model=head, max_new_tokens=20, do_sample=False), plain)
 
 
 def test_a_head_of_another_revision_is_served_by_the_hook_that_is_there():
@@ -72,6 +111,10 @@ def test_signature_is_kept():
         ({"prompt_lookup_num_tokens": 3}, "two sources of drafts"),
         ({"use_cache": False}, "use_cache=False"),
         ({"cache_implementation": "static"}, "rolled back, got a static one"),
+        ({"assistant_ensemble_weight": 0.5}, "an FSPAD head never changes the text: drop `assistant_ensemble_weight`"),
+        ({"speculation_type": "dflash"}, "drop `speculation_type`"),
+        ({"num_assistant_tokens": 0}, "num_assistant_tokens must be a positive integer, got 0"),
+        ({"num_assistant_tokens": -3}, "num_assistant_tokens must be a positive integer, got -3"),
     ],
 )
 def test_options_that_cannot_be_assisted_are_refused(options, message):
@@ -85,7 +128,7 @@ def test_encoder_decoder_targets_are_refused():
         vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0
     )
     target = transformers.T5ForConditionalGeneration(config).eval()
-    with pytest.raises(ValueError, match="decoder-only models, got the encoder-decoder T5ForConditionalGeneration"):
+    with pytest.raises(ValueError, match="decoder-only models, got the encoder-decoder 't5': call"):
         target.generate(PROMPT, assistant_model=make_head(make_target()), max_new_tokens=5)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from accelerate.utils import extract_model_from_parallel, gather_object
 from transformers.utils import logging
 
 from fspad.bench import measuring
+from fspad.bench.methods import REFERENCE_DRAFT_TOKENS
 from fspad.position_limits import position_table_length
 from fspad.target import device_of
 
@@ -102,10 +102,10 @@ def decode_prompts(
             out.
 
     Returns:
-        `tau` and `speedup` over all prompts, the same in every process; nothing if no prompt is left.
+        `tau` of the head alone, with a tree of the reference size where its own is automatic, so that it does not depend
+        on the machine; and `speedup` with the head as it will be used. Both over all prompts, the same in every process;
+        nothing if no prompt is left.
     """
-    import evaluate
-
     limit = position_table_length(target)
     prompts = [prompt for prompt in prompts if limit is None or len(prompt) + max_new_tokens <= limit]
     if not prompts:
@@ -117,9 +117,14 @@ def decode_prompts(
     for prompt in prompts[state.process_index :: state.num_processes]:
         input_ids = torch.tensor([prompt], device=device)
         inputs.append({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
-    comparisons = measuring.compare(target, as_deployed(head, target), inputs, max_new_tokens) if inputs else []
-    comparison = measuring.total(gather_object(comparisons))
-    metric_path = Path(measuring.__file__).with_name("draft_acceptance.py")
-    metric = evaluate.load(str(metric_path), keep_in_memory=True)
-    accept_lengths = [answer.accept_lengths for answer in comparison.assisted]
-    return {"tau": metric.compute(predictions=accept_lengths)["tau"], "speedup": comparison.speedup}
+    deployed = as_deployed(head, target)
+    comparisons = measuring.compare(target, deployed, inputs, max_new_tokens) if inputs else []
+    deployed.config.lookup = False
+    if deployed.config.num_draft_tokens == "auto":
+        deployed.config.num_draft_tokens = REFERENCE_DRAFT_TOKENS
+    alone = [measuring.measure(target, prompt, deployed, max_new_tokens) for prompt in inputs]
+    gathered = gather_object(list(zip(comparisons, alone, strict=True)))
+    return {
+        "tau": measuring.Comparison([], [answer for _, answer in gathered]).tau,
+        "speedup": measuring.total([comparison for comparison, _ in gathered]).speedup,
+    }
