@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -75,7 +76,7 @@ def measure_answers(arguments: argparse.Namespace) -> dict[str, Any]:
         texts = [tokenizer.decode(answer.token_ids[:end]) for end in range(len(answer.token_ids) + 1)]
         texts = [text.rstrip("\ufffd") for text in texts]
         record[name] = {
-            "pieces": [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)],
+            "pieces": [after[len(before) :] for before, after in itertools.pairwise(texts)],
             "seconds": round(answer.seconds, 3),
             "accept_lengths": answer.accept_lengths if name == "fspad" else [],
         }
