@@ -14,7 +14,7 @@ from typing import Any
 import transformers
 from transformers import GenerationConfig, GenerationMixin
 
-from .configuration_fspad import check_decoder_only
+from .target_config import check_decoder_only
 
 # The attribute that marks a wrapper. Its name and value are a protocol between revisions of this file: do not change.
 HOOK_MARK = "_fspad_hook"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .configuration_fspad import common_value
+from .target_config import common_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

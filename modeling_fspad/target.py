@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .configuration_fspad import check_decoder_only
+from .target_config import check_decoder_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

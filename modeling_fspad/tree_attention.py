@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .configuration_fspad import common_value
+from .target_config import common_value
 from .tree import DraftTree
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.utils import logging
 
-from .configuration_fspad import common_value
 from .target import device_of
+from .target_config import common_value
 from .tree import DraftTree
 
 if TYPE_CHECKING:

@@ -207,9 +207,8 @@ def test_adapter_fits_a_head_to_an_adapted_target(tmp_path):
     arguments = {"max_steps": 150, "learning_rate": 1e-2, "per_device_train_batch_size": 12, "feature_noise": 0.0}
     trainer = make_trainer(tmp_path, target, Dataset.from_list(rows), head=head, logits_loss_weight=1.0, **arguments)
     trainer.train()
-    output = target.generate(
-        input_ids=prompts[:1], assistant_model=head.eval(), return_dict_in_generate=True, **OPTIONS
-    )
+    drafting = {"assistant_model": head.eval(), "num_assistant_tokens": 59}
+    output = target.generate(input_ids=prompts[:1], return_dict_in_generate=True, **drafting, **OPTIONS)
     assert torch.equal(output.sequences[:, 4:28], answers[:1])
     assert output.accept_lengths.float().mean() > 2.5
 

@@ -449,6 +449,7 @@ def test_trained_head_drafts_what_the_target_writes(tmp_path):
         assistant_model=trainer.model.eval(),
         max_new_tokens=24,
         do_sample=False,
+        num_assistant_tokens=16,
         return_dict_in_generate=True,
     )
     assert torch.equal(out.sequences[:, 4:], answers[:1])
