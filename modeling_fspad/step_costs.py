@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 TRIALS = (16, 1, 4, 32, 8) * 2
 # Weight of a later observation: for sizes near to it, and for all
 _LOCAL, _GLOBAL = 0.15, 0.05
+# Sizes that differ by a larger factor have times of their own
+_APART = 2
 
 _lock = threading.Lock()
 _known: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, StepCosts]] = weakref.WeakKeyDictionary()
@@ -82,11 +84,14 @@ class StepCosts:
             self._num_trials += 1
             self._seconds[num_nodes] = min(seconds, self._seconds.get(num_nodes, seconds))
             return
-        ratio = min(max(seconds / self.verify(num_nodes), 0.5), 2.0)  # one hiccup of the machine must not change much
-        nearest = min(self._seconds, key=lambda size: abs(size - num_nodes))
-        for size in self._seconds:
-            weight = _GLOBAL + _LOCAL * (size == nearest)
-            self._seconds[size] *= 1 + weight * (ratio - 1)
+        expected = self.verify(num_nodes)
+        ratio = min(max(seconds / expected, 0.5), 2.0)  # one hiccup of the machine must not change much
+        sizes = list(self._seconds)
+        nearest = min(sizes, key=lambda size: abs(size - num_nodes))
+        for size in sizes:
+            self._seconds[size] *= 1 + (_GLOBAL + _LOCAL * (size == nearest)) * (ratio - 1)
+        if not nearest <= _APART * num_nodes <= _APART**2 * nearest:  # a size that no trial came near to
+            self._seconds[num_nodes] = ratio * expected
 
     def observe_draft(self, num_levels: int, seconds: float) -> None:
         """Take in the time of real drafting.

@@ -73,6 +73,17 @@ def test_real_steps_correct_all_sizes_and_their_own_most():
     assert costs.verify(8) < 1.3 * before
 
 
+def test_sizes_that_no_trial_came_near_to_are_learned_later():
+    costs = StepCosts()
+    while costs.trial is not None:
+        costs.observe_verify(1, 0.03)
+    for _ in range(200):
+        costs.observe_verify(40, 0.2)
+        costs.observe_verify(1, 0.03)
+    assert costs.verify(1) == pytest.approx(0.03, rel=0.1)
+    assert costs.verify(40) == pytest.approx(0.2, rel=0.1)
+
+
 def test_drafting_times_are_those_of_a_line():
     costs = tried(linear)
     assert costs.draft(0) == 0
