@@ -9,7 +9,6 @@ it have left. Real texts are less even than that.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 
@@ -18,7 +17,6 @@ from fspad.candidates import Candidates
 from fspad.step_costs import StepCosts
 
 TOP_K, DEPTH = 8, 5
-MOST = 300  # nodes
 NUM_STEPS = 300  # until the averages of the sizes have settled
 MEASURED_SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 
@@ -29,13 +27,15 @@ class KnownCosts(StepCosts):
     Args:
         verify: Seconds of a verification by its number of nodes, the root included.
         level: Seconds of a level of drafting.
+        knows_scores: Whether the host knows probabilities between levels; an accelerator would have to wait for them.
     """
 
     trial = None
 
-    def __init__(self, verify: Callable[[int], float], level: float):
+    def __init__(self, verify: Callable[[int], float], level: float, knows_scores: bool):
         super().__init__()
-        self._seconds = {nodes: verify(nodes) for nodes in range(1, MOST + 2)}
+        self.knows_scores = knows_scores
+        self._seconds = {nodes: verify(nodes) for nodes in range(1, MAX_CANDIDATES + 2)}
         self._first_level = self._further_level = level
 
 
@@ -48,7 +48,7 @@ def measured(milliseconds: tuple[float, ...], level: float) -> KnownCosts:
     """
     known = StepCosts()
     known._seconds = {size: time / 1000 for size, time in zip(MEASURED_SIZES, milliseconds, strict=True)}
-    return KnownCosts(known.verify, level / 1000)
+    return KnownCosts(known.verify, level / 1000, knows_scores=True)
 
 
 def roofline(params: float, bandwidth: float, flops: float, level: float) -> KnownCosts:
@@ -60,7 +60,11 @@ def roofline(params: float, bandwidth: float, flops: float, level: float) -> Kno
         flops: Floating-point operations per second.
         level: Milliseconds of a level.
     """
-    return KnownCosts(lambda nodes: max(2 * params / bandwidth, 2 * params * nodes / flops), level / 1000)
+
+    def verify(nodes: int) -> float:
+        return max(2 * params / bandwidth, 2 * params * nodes / flops)
+
+    return KnownCosts(verify, level / 1000, knows_scores=False)
 
 
 MACHINES = {
@@ -71,12 +75,13 @@ MACHINES = {
 }
 
 
-def draft(size: AutomaticSize, best: float) -> tuple[Candidates, int]:
+def draft(size: AutomaticSize, best: float, knows_scores: bool) -> tuple[Candidates, int]:
     """Let the size decide how many levels are drafted, each from the best nodes of the one before.
 
     Args:
         size: Decides.
         best: The probability that the best guess at a node is right.
+        knows_scores: Whether it knows probabilities between levels.
 
     Returns:
         The candidates and the number of levels.
@@ -85,7 +90,9 @@ def draft(size: AutomaticSize, best: float) -> tuple[Candidates, int]:
     left = [math.log1p(-best) + k * math.log1p(-best / 2) for k in range(TOP_K - 1)]
     guesses = [math.log(best), *(chance + math.log(best / 2) for chance in left)]
     size.begin()
-    while size.wants_level(candidates, levels, [candidates.scores[node] for node in frontier] if levels else None):
+    while size.wants_level(
+        candidates, levels, [candidates.scores[node] for node in frontier] if levels and knows_scores else None
+    ):
         nodes = [
             candidates.add(node, token, candidates.scores[node] + chance)
             for node in frontier
@@ -93,34 +100,31 @@ def draft(size: AutomaticSize, best: float) -> tuple[Candidates, int]:
         ]
         frontier = sorted(nodes, key=lambda node: -candidates.scores[node])[:TOP_K]
         levels += 1
-    # As many as a head proposes
+    best_nodes = sorted(candidates.ranking()[: size.max_candidates])
     kept = Candidates(0)
-    tokens, parents = candidates.select(candidates.ranking()[: size.max_candidates])
-    scores = [candidates.scores[node] for node in [0, *sorted(candidates.ranking()[: size.max_candidates])]]
-    for token, parent, score in list(zip(tokens, parents, scores, strict=True))[1:]:
-        kept.add(parent, token, score)
+    for node, parent in zip(best_nodes, candidates.select(best_nodes)[1][1:], strict=True):
+        kept.add(parent, candidates.tokens[node], candidates.scores[node])
     return kept, levels
 
 
-def settle(costs: KnownCosts, best: float, max_candidates: int) -> tuple[float, float, float, float]:
+def settle(costs: KnownCosts, best: float) -> tuple[float, float, float, float]:
     """Decode on paper until the size has settled.
 
     Args:
         costs: The machine.
         best: The probability that the best guess at a node is right.
-        max_candidates: Most nodes that are proposed.
 
     Returns:
         Drafted tokens that are verified, levels, tokens a step and speedup, as means of the last half of the steps.
     """
     size, history = AutomaticSize(costs, DEPTH), []
-    size.max_candidates = max_candidates
     for _ in range(NUM_STEPS):
-        candidates, levels = draft(size, best)
+        candidates, levels = draft(size, best, costs.knows_scores)
         nodes = size.choose(candidates)
         tokens = 1 + candidates.expected_tokens(nodes)[-1]
-        history.append((len(nodes), levels, tokens, costs.verify(len(nodes) + 1) + costs.draft(levels)))
-        size.end(len(nodes) + 1, tokens, None, None)
+        verify, drafting = costs.verify(len(nodes) + 1), costs.draft(levels)
+        history.append((len(nodes), levels, tokens, verify + drafting))
+        size.end(len(nodes) + 1, tokens, drafting, verify)
     history = history[NUM_STEPS // 2 :]
     num_nodes, num_levels, tokens, seconds = (sum(column) / len(history) for column in zip(*history, strict=True))
     return num_nodes, num_levels, tokens, tokens / seconds * costs.verify(1)
@@ -128,13 +132,10 @@ def settle(costs: KnownCosts, best: float, max_candidates: int) -> tuple[float, 
 
 def main() -> None:
     """Print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_candidates", type=int, default=MAX_CANDIDATES, help=f"at most {MOST}")
-    arguments = parser.parse_args()
     print("| Machine | p | Drafted tokens verified | Levels | Tokens a step | Speedup |\n|---|---|---|---|---|---|")
     for name, costs in MACHINES.items():
         for best in (0.1, 0.3, 0.5, 0.7, 0.9):
-            num_nodes, num_levels, tokens, speedup = settle(costs, best, min(arguments.max_candidates, MOST))
+            num_nodes, num_levels, tokens, speedup = settle(costs, best)
             print(f"| {name} | {best} | {num_nodes:.0f} | {num_levels:.1f} | {tokens:.2f} | {speedup:.2f} |")
 
 
