@@ -52,9 +52,8 @@ class StepCosts:
         sizes = sorted(self._seconds)
         if len(sizes) < 2:  # nothing is decided yet
             return [self._seconds[sizes[0]] if sizes else 1.0] * most
-        times: list[float] = []
-        for size in sizes:  # more nodes never cost less, whatever noise says
-            times.append(max(self._seconds[size], times[-1]) if times else self._seconds[size])
+        # What disturbs a measurement makes it longer: fewer nodes never cost more
+        times = [min(self._seconds[size] for size in sizes[place:]) for place in range(len(sizes))]
         result, low = [], 0
         for num_nodes in range(1, most + 1):
             while low + 2 < len(sizes) and num_nodes > sizes[low + 1]:
