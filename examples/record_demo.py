@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def measure_answers(arguments: argparse.Namespace) -> dict[str, Any]:
         texts = [tokenizer.decode(answer.token_ids[:end]) for end in range(len(answer.token_ids) + 1)]
         texts = [text.rstrip("\ufffd") for text in texts]
         record[name] = {
-            "pieces": [after[len(before) :] for before, after in pairwise(texts)],
+            "pieces": [after[len(before) :] for before, after in itertools.pairwise(texts)],
             "seconds": round(answer.seconds, 3),
             "accept_lengths": answer.accept_lengths if name == "fspad" else [],
         }

@@ -76,6 +76,11 @@ class TokenChooser:
     scores: tuple[torch.Tensor, ...] = field(default=(), init=False)
     logits: tuple[torch.Tensor, ...] = field(default=(), init=False)
 
+    def __post_init__(self) -> None:
+        # Here and not while decoding, since a look at them makes an accelerator wait
+        criteria = [criterion for criterion in self.stopping_criteria if isinstance(criterion, EosTokenCriteria)]
+        self._end_ids = {token for criterion in criteria for token in criterion.eos_token_id.tolist()}
+
     def choose(self, input_ids: torch.LongTensor, logits: torch.Tensor) -> torch.LongTensor:
         """Choose the next token of each row.
 
@@ -131,9 +136,6 @@ class TokenChooser:
         Returns:
             Its index, or `None`.
         """
-        if not hasattr(self, "_end_ids"):
-            criteria = [c for c in self.stopping_criteria if isinstance(c, EosTokenCriteria)]
-            self._end_ids = {token for criterion in criteria for token in criterion.eos_token_id.tolist()}
         limit = self.stopping_criteria.max_length
         for index, token in enumerate(token_ids):
             if token in self._end_ids or (limit is not None and length + index + 1 >= limit):

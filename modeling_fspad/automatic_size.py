@@ -20,8 +20,8 @@ from .step_costs import StepCosts
 MAX_CANDIDATES = 48
 # How much of the probability of the nodes that are expanded their children are expected to keep, before any are seen
 _KEPT = 0.6
-# Weight of a new observation
-_RATE, _WORTH = 0.08, 0.25
+# Weight of a new observation: the rate is that of many steps, as answers come in bursts
+_RATE, _WORTH, _KEEPS = 0.03, 0.15, 0.06
 # Most steps between two looks at a head that was not worth its time
 _LONGEST_PAUSE = 32
 
@@ -114,11 +114,10 @@ class AutomaticSize:
         key = self._has_others
         old = worth if math.isinf(self._worth[key]) else self._worth[key]
         self._worth[key] = old + _WORTH * (worth - old)
-        if self._worth[key] > 0:
+        if worth > 0:
             self._next_pause[key] = 1
-        else:
-            self._pause[key] = self._next_pause[key]
-            self._next_pause[key] = min(2 * self._next_pause[key], _LONGEST_PAUSE)
+        self._pause[key] = self._next_pause[key]
+        self._next_pause[key] = min(2 * self._next_pause[key], _LONGEST_PAUSE)
 
     def _expected_mass(self, level: int, scores: list[float] | None) -> float:
         """The expected number of accepted drafts among the nodes that a level expands."""
@@ -128,7 +127,7 @@ class AutomaticSize:
         step = self.costs.verify(9) - self.costs.verify(8)
         mass = sum(p for p in map(math.exp, scores) if p > self.rate * step)
         if self._mass:
-            self.kept += _WORTH / 4 * (min(mass / self._mass, 1.0) - self.kept)
+            self.kept += _KEEPS * (min(mass / self._mass, 1.0) - self.kept)
         self._mass = mass
         return mass
 

@@ -9,12 +9,12 @@ from .draft_size import DraftSize
 from .draft_source import DraftSource, Emitted
 
 # Tokens that are looked up, and how many of them are proposed
-SHORTEST, LONGEST = 2, 5
+SHORTEST, LONGEST = 1, 5
 MAX_CONTINUATION = 12
 NUM_CONTINUATIONS = 2
 # Before anything is observed: how probable it is that one more token after a match of at least n tokens is right, and as
 # how many observations that counts. From SmolLM2's answers to prompts of several tasks.
-PRIORS = {2: 0.5, 3: 0.57, 4: 0.65, 5: 0.75, 8: 0.85, 16: 0.93, 32: 0.96}
+PRIORS = {1: 0.2, 2: 0.5, 3: 0.57, 4: 0.65, 5: 0.75, 8: 0.85, 16: 0.93, 32: 0.96}
 PRIOR_WEIGHT = 4.0
 # The share of what the latest occurrence leaves that goes to the one before
 EARLIER = 0.4

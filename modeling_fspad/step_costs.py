@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 TRIALS = (16, 1, 4, 32, 8) * 2
 # Weight of a later observation: for sizes near to it, and for all
 _LOCAL, _GLOBAL = 0.15, 0.05
+# Sizes that differ by a larger factor have times of their own
+_APART = 2
 
 _lock = threading.Lock()
 _known: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, StepCosts]] = weakref.WeakKeyDictionary()
@@ -50,9 +52,8 @@ class StepCosts:
         sizes = sorted(self._seconds)
         if len(sizes) < 2:  # nothing is decided yet
             return [self._seconds[sizes[0]] if sizes else 1.0] * most
-        times: list[float] = []
-        for size in sizes:  # more nodes never cost less, whatever noise says
-            times.append(max(self._seconds[size], times[-1]) if times else self._seconds[size])
+        # What disturbs a measurement makes it longer: fewer nodes never cost more
+        times = [min(self._seconds[size] for size in sizes[place:]) for place in range(len(sizes))]
         result, low = [], 0
         for num_nodes in range(1, most + 1):
             while low + 2 < len(sizes) and num_nodes > sizes[low + 1]:
@@ -82,11 +83,14 @@ class StepCosts:
             self._num_trials += 1
             self._seconds[num_nodes] = min(seconds, self._seconds.get(num_nodes, seconds))
             return
-        ratio = min(max(seconds / self.verify(num_nodes), 0.5), 2.0)  # one hiccup of the machine must not change much
-        nearest = min(self._seconds, key=lambda size: abs(size - num_nodes))
-        for size in self._seconds:
-            weight = _GLOBAL + _LOCAL * (size == nearest)
-            self._seconds[size] *= 1 + weight * (ratio - 1)
+        expected = self.verify(num_nodes)
+        ratio = min(max(seconds / expected, 0.5), 2.0)  # one hiccup of the machine must not change much
+        sizes = list(self._seconds)
+        nearest = min(sizes, key=lambda size: abs(size - num_nodes))
+        for size in sizes:
+            self._seconds[size] *= 1 + (_GLOBAL + _LOCAL * (size == nearest)) * (ratio - 1)
+        if not nearest <= _APART * num_nodes <= _APART**2 * nearest:  # a size that no trial came near to
+            self._seconds[num_nodes] = ratio * expected
 
     def observe_draft(self, num_levels: int, seconds: float) -> None:
         """Take in the time of real drafting.

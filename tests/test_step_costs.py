@@ -39,11 +39,11 @@ def test_a_hiccup_in_one_trial_does_not_count():
     assert tried(once_slow).verify(16) == pytest.approx(linear(16))
 
 
-def test_more_nodes_never_cost_less():
-    costs = tried(lambda size: 0.05 if size == 4 else 0.04)
+def test_fewer_nodes_never_cost_more():
+    costs = tried(lambda size: 0.05 if size == 4 else 0.03 + 0.001 * size)
     times = costs.verify_all(40)
     assert times == sorted(times)
-    assert costs.verify(4) == 0.05
+    assert costs.verify(4) == pytest.approx(0.038)
 
 
 def test_trials_with_fewer_nodes_than_wanted_count_as_what_they_were():
@@ -71,6 +71,17 @@ def test_real_steps_correct_all_sizes_and_their_own_most():
     before = costs.verify(8)
     costs.observe_verify(8, 1000.0)
     assert costs.verify(8) < 1.3 * before
+
+
+def test_sizes_that_no_trial_came_near_to_are_learned_later():
+    costs = StepCosts()
+    while costs.trial is not None:
+        costs.observe_verify(1, 0.03)
+    for _ in range(200):
+        costs.observe_verify(40, 0.2)
+        costs.observe_verify(1, 0.03)
+    assert costs.verify(1) == pytest.approx(0.03, rel=0.1)
+    assert costs.verify(40) == pytest.approx(0.2, rel=0.1)
 
 
 def test_drafting_times_are_those_of_a_line():
