@@ -22,7 +22,8 @@ def load_example(monkeypatch):
         # For the dataclasses, whose annotations are looked up there
         monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
-        monkeypatch.setattr(module, "load_smollm2", lambda dtype: (make_target().to(dtype), make_tokenizer()))
+        if hasattr(module, "load_smollm2"):
+            monkeypatch.setattr(module, "load_smollm2", lambda dtype: (make_target().to(dtype), make_tokenizer()))
 
         def run(*arguments):
             monkeypatch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
@@ -139,3 +140,38 @@ def test_compare_recipes(tmp_path, monkeypatch, capsys, load_example):
         run(*arguments, "--max_new_tokens", 7)
     with pytest.raises(ValueError, match="expected at least 6 dialogues, got 4: lower --max_steps"):
         run("--output_dir", tmp_path / "more", *arguments[2:-1], 3, "--recipes", "fspad")
+
+
+def test_record_demo(tmp_path, load_example):
+    _, run = load_example("record_demo")
+    FSPADModel.from_target(make_target()).save_pretrained(tmp_path / "head")
+    record, picture = tmp_path / "demo.json", tmp_path / "demo.svg"
+    files = ["--record", record, "--output", picture]
+    run(*files, "--head", tmp_path / "head", "--prompt", "hello you", "--dtype", "float32", "--max_new_tokens", 9)
+    measured = json.loads(record.read_text())
+    assert len(measured["plain"]["pieces"]) == len(measured["fspad"]["pieces"]) == 9
+    assert sum(measured["fspad"]["accept_lengths"]) == 8
+    before = picture.read_text()
+    assert "@font-face" not in before
+    assert "hello" in before
+    run(*files, "--draw")
+    assert picture.read_text() == before
+    # The faster one is done, the other is not
+    measured["plain"]["seconds"], measured["fspad"]["seconds"] = 3.0, 1.0
+    record.write_text(json.dumps(measured))
+    run(*files, "--draw")
+    text = picture.read_text().replace("&#160;", " ")
+    assert "after 1.0 seconds" in text
+    assert " 3 tokens" in text
+    assert " 9 tokens" in text
+    assert "3.00x the speed" in text
+
+
+def test_draft_size_on_paper(monkeypatch, capsys, load_example):
+    paper, run = load_example("draft_size_on_paper")
+    monkeypatch.setattr(paper, "NUM_STEPS", 20)
+    run("--know_scores")
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 5 * len(paper.MACHINES)
+    assert all(float(row[5]) > 0.9 for row in rows), "plain steps are always there"
+    assert float(rows[4][5]) > 2, "a sure head pays"
