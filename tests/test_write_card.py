@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 import fspad
@@ -51,3 +52,13 @@ def test_results_without_the_head_are_an_error(tmp_path):
     append_record(tmp_path / "results.jsonl", AnswerRecord("Some prompts", 1, 0.0, PLAIN, Answer([5], 3.0)))
     with pytest.raises(ValueError, match=r"expected answers of the method 'fspad' in .*got none"):
         write_card["read_measurements"](tmp_path / "results.jsonl", {})
+
+
+def test_committed_card_is_what_the_example_writes():
+    root = Path(__file__).parent.parent
+    head = root / "examples" / "heads" / "smollm2-135m-instruct"
+    write_card = runpy.run_path(str(root / "examples" / "write_card.py"))
+    facts = yaml.safe_load((head / "card.yaml").read_text(encoding="utf-8"))
+    card = write_card["make_card"](head, facts, [head / "results.jsonl"], None)
+    plots = sorted(path.name for path in head.glob("*.png"))
+    assert str(card.render(plots)) == (head / "README.md").read_text(encoding="utf-8")
