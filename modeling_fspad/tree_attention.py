@@ -144,8 +144,11 @@ def attention_windows(config: PreTrainedConfig, cache: Cache, num_layers: int) -
     layer_types = getattr(config, "layer_types", None) or ()
     # Layers that use the keys and values of others have a type, but no cache layer
     if len(layer_types) == num_layers:
-        window = common_value(config, "sliding_window")
-        return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+        windows = {
+            "sliding_attention": common_value(config, "sliding_window"),
+            "chunked_attention": common_value(config, "attention_chunk_size"),
+        }
+        return [windows.get(layer_type) for layer_type in layer_types]
     layers = cache.layers
     if len(layers) != num_layers:  # layers without attention have no attentions
         layers = [layer for layer in layers if isinstance(layer, DynamicLayer)]

@@ -192,8 +192,9 @@ def _is_exact(
     input_ids = torch.tensor([[0] * 3 * has_padding + prompt], device=device)
     options = (output_attentions, 3 * has_padding)
     try:
-        expected = _probe(verifier_class, target, mode, input_ids, [([t], [0]) for t in (root, first, second, last)],
-                          [[0]] * 4, options)  # fmt: skip
+        # As a chain, whose single tokens get the inputs of plain decoding
+        singles = [([token], [0]) for token in (root, first, second, last)]
+        expected = _probe(verifier_class, target, VerificationMode.CHAIN, input_ids, singles, [[0]] * 4, options)
         got = _probe(verifier_class, target, mode, input_ids, [tree, ([last], [0])], [path, [0]], options)
     except Exception as error:  # whatever an unknown model raises, it cannot verify this way
         logger.debug("%s cannot verify a %s: %s", type(target).__name__, mode.value, error)

@@ -15,7 +15,7 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
 
 def python_blocks(document: str, heading: str) -> list[str]:
     section = re.split(rf"^#+ {re.escape(heading)}$", (ROOT / document).read_text(), flags=re.MULTILINE)[1]
-    return re.findall(r"```python\n(.*?)```", re.split(r"^#+ ", section, flags=re.MULTILINE)[0], re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", re.split(r"^##+ ", section, flags=re.MULTILINE)[0], re.DOTALL)
 
 
 @pytest.mark.smollm2

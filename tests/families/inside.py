@@ -43,7 +43,8 @@ class TrueSource(DraftSource):
             is_wrong = self.is_chain and self.rng.random() < 0.1
             true = (true_parent, self.rng.randrange(FIRST_SPECIAL) if is_wrong else token)
             proposed.insert(self.rng.randint(0, number), true)
-            last = [candidates[0].add(parent, other, -float(level)) for parent, other in proposed]
+            # The truth is surest, so that it is the path to verify where only one can be
+            last = [candidates[0].add(*node, -level * (0.01 if node == true else 1.0)) for node in proposed]
             true_parent = candidates[0].find(*true)
 
 

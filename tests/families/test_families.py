@@ -40,6 +40,7 @@ QUICK = {
     # inputs of their own
     "cpmant": ("greedy", "padded"),
     "prophetnet": ("greedy", "padded"),
+    "git": ("greedy", "padded"),
     # states that cannot be rolled back
     "mamba": (),
     "jamba": (),
