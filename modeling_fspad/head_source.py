@@ -146,7 +146,7 @@ class HeadSource(DraftSource):
             ]
             self.padding_mask = torch.cat([self.padding_mask, *new], dim=1)
         self._pending = []
-        predict, regress = self._run_head(features, next_embeds, position_ids, self.padding_mask)
+        predict, regress = self._run_head(features, next_embeds, position_ids, self._causal_mask(features.shape[1]))
         self.last_predict, self.last_regress = predict[:, -1:], regress[:, -1:]
         self.last_position = position_ids[:, -1:]
 
@@ -217,6 +217,17 @@ class HeadSource(DraftSource):
             use_cache=True,
         )
         return output.predict.to(self.lm_head.device), output.regress.to(self.lm_head.device)
+
+    def _causal_mask(self, length: int) -> torch.Tensor | None:
+        """Additive mask of shape `(batch, 1, length, true positions)`; `None` without padding, where the head makes its own.
+
+        Not left to transformers, which looks at the padding, and makes an accelerator wait for that.
+        """
+        if self.padding_mask is None:
+            return None
+        num_positions = self.padding_mask.shape[1]
+        causal = self.padding_mask.new_ones(length, num_positions, dtype=torch.bool).tril(num_positions - length)
+        return additive_mask(causal & self.padding_mask[:, None].bool(), self.head.dtype)
 
     def _tree_mask(self, visible: torch.BoolTensor) -> torch.Tensor:
         """Additive mask of shape `(batch, 1, width, true positions + drafted rows)` in the head's dtype."""

@@ -172,10 +172,12 @@ def test_another_vocabulary_is_refused_with_both_hashes():
         assert words in str(error.value)
 
 
-def test_the_shipped_head_has_no_hash_and_fits():
+def test_the_shipped_head_knows_the_vocabulary_of_its_target():
     config = FSPADConfig.from_pretrained(SHIPPED)
-    assert (config.target_vocab_hash, config.target_model_name) == (None, "HuggingFaceTB/SmolLM2-135M-Instruct")
-    check_vocabulary(config, make_tokenizer())
+    assert config.target_model_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert len(config.target_vocab_hash) == 64
+    with pytest.raises(ValueError, match="was trained with another vocabulary"):
+        check_vocabulary(config, make_tokenizer())
 
 
 def test_training_records_and_checks_the_vocabulary(tmp_path):
