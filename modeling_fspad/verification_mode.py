@@ -76,6 +76,8 @@ def decide_by_rule(target: PreTrainedModel, cache: Cache | None) -> tuple[Verifi
             VerificationMode.PLAIN,
             f"the forward pass of {name} is compiled, and its features cannot be read inside",
         )
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in target.modules()):
+        return VerificationMode.PLAIN, f"layers of {name} quantize the activations of all tokens together"
     if "past_key_values" not in forward_arguments:
         return VerificationMode.PLAIN, f"{name} has no cache"
     if "prepare_inputs_for_generation" in vars(target):

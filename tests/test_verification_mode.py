@@ -364,3 +364,15 @@ def test_long_prompts_are_said_once(messages):
     plain = target.generate(PROMPT, max_new_tokens=10)
     assert torch.equal(target.generate(PROMPT, assistant_model=head, max_new_tokens=10), plain)
     assert any("The prompt has 4 tokens, the FSPAD head was made for 3" in message for message in messages)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_targets_that_quantize_all_tokens_together_decode_plainly():
+    target = make_target(vocab_size=33)
+    head = make_head(target, num_draft_tokens=16)
+    quantized = torch.ao.quantization.quantize_dynamic(target, {torch.nn.Linear}, dtype=torch.qint8)
+    assert mode_of(quantized) is VerificationMode.PLAIN
+    prompt = torch.tensor([[1, 2, 3, 4]])
+    plain = quantized.generate(prompt, max_new_tokens=30, do_sample=False)
+    ours = quantized.generate(prompt, max_new_tokens=30, do_sample=False, assistant_model=head)
+    assert torch.equal(plain, ours)
