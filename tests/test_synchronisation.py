@@ -178,8 +178,9 @@ def test_waits_of_a_step(waits, family, num_layers, options, lookup):
         {"do_sample": False, "repetition_penalty": 1.2},
         {"do_sample": True, "min_p": 0.1},
         {"do_sample": False, "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])},
+        {"do_sample": False, "attention_mask": torch.tensor([[1, 1, 1, 1, 1]])},
     ],
-    ids=["repetition_penalty", "min_p", "padding"],
+    ids=["repetition_penalty", "min_p", "padding", "mask without padding"],
 )
 @pytest.mark.parametrize("num_draft_tokens", ["auto", 1, 24])
 def test_waits_with_other_options(waits, options, num_draft_tokens):
