@@ -76,7 +76,8 @@ class DecodingLoop:
         if padding_mask is not None:
             padding_mask = padding_mask[:, : past_length + length]
             self.position_ids = (padding_mask.cumsum(-1) - 1).clamp(min=0)[:, past_length:]
-            padding_mask = padding_mask[:, past_length:]
+            # One look, for a mask of the prompt's length squared that is rarely needed
+            padding_mask = None if padding_mask.all() else padding_mask[:, past_length:]
         self.drafter.extend(Emitted(input_ids.tolist(), features, next_embeds, self.position_ids, padding_mask))
 
     def _step(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, bool]:
