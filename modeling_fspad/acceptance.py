@@ -17,6 +17,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .sampling_noise import generator_state
 from .tree import DraftTree
 
 # Processors that may also be asked about tokens which are never emitted: they keep no state, and wait for no device
@@ -191,7 +192,7 @@ def _walk_ahead(tree: DraftTree, logits: torch.Tensor, input_ids: torch.LongTens
     report = []
     for _ in range(_depth(tree) + 1):
         if chooser.do_sample:
-            generator_states.append(_get_generator_state(input_ids.device))
+            generator_states.append(generator_state(input_ids.device))
         here = logits.gather(1, node[..., None].expand(-1, -1, logits.shape[-1]))[:, 0]
         chosen = chooser.choose(input_ids, here)
         input_ids = torch.cat([input_ids, chosen], dim=-1)
@@ -218,10 +219,6 @@ def _depth(tree: DraftTree) -> int:
     for parent in tree.parent_lists[0][1:]:
         depths.append(depths[parent] + 1)
     return max(depths)
-
-
-def _get_generator_state(device: torch.device) -> torch.Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def _set_generator_state(device: torch.device, state: torch.Tensor) -> None:

@@ -27,6 +27,7 @@ from .plain_decoding import decode_plainly
 from .position_limits import position_table_length
 from .provenance import warn_of_another_target
 from .step_costs import costs_of
+from .sampling_noise import SamplingNoise, sampling_noise
 from .target import check_target, device_of
 from .verification import Verifier
 from .verification_mode import VerificationMode
@@ -142,7 +143,10 @@ class AssistedDecodingMixin:
         verifier = Verifier(target, mode, generation_config, model_kwargs)
         is_chain = mode is VerificationMode.CHAIN
         top_k = 1 if is_chain else self.config.draft_top_k
-        sources = evaluating(self).draft_sources(target, input_ids, top_k)
+        noise = None
+        if generation_config.do_sample:
+            noise = sampling_noise(logits_processor, (input_ids.shape[0], self.config.vocab_size), input_ids.device)
+        sources = evaluating(self).draft_sources(target, input_ids, top_k, noise)
         if num_draft_tokens == "auto":
             size = AutomaticSize(costs_of(target, mode), self.config.draft_depth, threshold)
         else:
@@ -165,15 +169,18 @@ class AssistedDecodingMixin:
             verify_time=loop.verify_watch.seconds(),
         )
 
-    def draft_sources(self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int) -> list[DraftSource]:
+    def draft_sources(
+        self, target: PreTrainedModel, prompt_ids: torch.LongTensor, top_k: int, noise: SamplingNoise | None
+    ) -> list[DraftSource]:
         """Who drafts for one call of `generate`, the cheapest first. Override it to add a source of your own.
 
         Args:
             target: The model whose `generate` was called.
             prompt_ids: The prompt, of shape `(batch, length)`.
             top_k: Children that a node may have; 1 where only a chain can be verified.
+            noise: What the target will sample with; `None` for greedy decoding, and where it cannot be foreseen.
         """
-        head = HeadSource(self, target, top_k, prompt_ids)
+        head = HeadSource(self, target, top_k, prompt_ids, noise)
         return [LookupSource(), head] if self.config.lookup else [head]
 
     def __getattr__(self, name: str) -> Any:

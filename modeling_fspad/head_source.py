@@ -12,6 +12,7 @@ from .calibration import Calibration
 from .candidates import Candidates
 from .draft_size import DraftSize
 from .draft_source import DraftSource, Emitted
+from .sampling_noise import SamplingNoise
 from .target import LMHead, embed_tokens
 from .tree_attention import additive_mask
 
@@ -74,12 +75,21 @@ class HeadSource(DraftSource):
         target: The model that it assists.
         top_k: Nodes expanded at each level, and children of each; 1 makes the tree a chain.
         prompt_ids: Token ids of the prompt, of shape `(batch, length)`.
+        noise: The noise that the target will sample with, to draft with the same; `None` for greedy decoding.
     """
 
-    def __init__(self, head: FSPADModel, target: PreTrainedModel, top_k: int, prompt_ids: torch.LongTensor):
+    def __init__(
+        self,
+        head: FSPADModel,
+        target: PreTrainedModel,
+        top_k: int,
+        prompt_ids: torch.LongTensor,
+        noise: SamplingNoise | None = None,
+    ):
         self.head = head
         self.target = target
         self.top_k = top_k
+        self.noise = noise
         self.lm_head = LMHead(target, _with_prompt(head.active_draft_vocab_ids, prompt_ids))
         # Decisions between levels need a look at the scores, for which an accelerator would have to wait
         self.looks_between_levels = self.lm_head.device.type == "cpu"
@@ -101,6 +111,8 @@ class HeadSource(DraftSource):
         if max_depth <= 0 or not self._is_wanted(candidates, size, 0, None):
             return
         self._catch_up()
+        if self.noise is not None:
+            self.noise.begin()
         nodes = _Drafted()
         frontier = self._first_level(nodes)
         for level in range(1, max_depth):
@@ -151,7 +163,7 @@ class HeadSource(DraftSource):
         self.last_position = position_ids[:, -1:]
 
     def _first_level(self, nodes: _Drafted) -> _Frontier:
-        tokens, scores = self._best_children(self.last_predict)  # (batch, 1, top_k)
+        tokens, scores = self._best_children(self.last_predict, 0)  # (batch, 1, top_k)
         tokens, scores = tokens[:, 0], scores[:, 0]
         nodes.add_level(tokens, torch.full_like(tokens, -1), scores)
         batch, width = tokens.shape
@@ -169,7 +181,7 @@ class HeadSource(DraftSource):
         embeds = embed_tokens(self.target, frontier.tokens)
         position_ids = (self.last_position.to(frontier.tokens.device) + level).expand(-1, width)
         predict, regress = self._run_head(frontier.features, embeds, position_ids, self._tree_mask(frontier.visible))
-        tokens, log_probs = self._best_children(predict)  # (batch, width, top_k)
+        tokens, log_probs = self._best_children(predict, level)  # (batch, width, top_k)
         top_k = tokens.shape[-1]
         scores = (frontier.scores[..., None] + log_probs).flatten(1)  # (batch, width * top_k)
         tokens = tokens.flatten(1)
@@ -190,12 +202,16 @@ class HeadSource(DraftSource):
             visible=torch.cat([of_parents(frontier.visible), own], dim=-1),
         )
 
-    def _best_children(self, predict: torch.Tensor) -> tuple[torch.LongTensor, torch.FloatTensor]:
+    def _best_children(self, predict: torch.Tensor, level: int) -> tuple[torch.LongTensor, torch.FloatTensor]:
         """The `top_k` best tokens and their log-probabilities, of shape `(batch, length, top_k)` each."""
-        logits = self.lm_head(predict).float()
+        logits, columns = self.lm_head(predict).float(), None
+        if self.noise is not None:
+            logits, columns = self.noise.perturb(logits, self.lm_head.token_ids, level)
         top = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
         log_probs = top.values - logits.logsumexp(dim=-1, keepdim=True)
-        tokens = top.indices if self.lm_head.token_ids is None else self.lm_head.token_ids[top.indices]
+        tokens = top.indices if columns is None else columns.gather(-1, top.indices)
+        if self.lm_head.token_ids is not None:
+            tokens = self.lm_head.token_ids[tokens]
         # Rounding may lift a probability above 1, and no child may score above its parent
         return tokens, log_probs.clamp(max=0.0)
 

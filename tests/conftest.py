@@ -136,7 +136,7 @@ def know_the_future(head, sequence: torch.Tensor, seed: int) -> None:
     """
     head.config.num_draft_tokens = 64
 
-    def draft_sources(target, prompt_ids, top_k):
+    def draft_sources(target, prompt_ids, top_k, noise):
         return [FutureSource(sequence, seed, chain=top_k == 1)]
 
     head.draft_sources = draft_sources

@@ -59,8 +59,8 @@ def draft_the_truth(head: Any, truth: list[int], seed: int) -> None:
     head.config.num_draft_tokens = 64
     stock = type(head).draft_sources
 
-    def draft_sources(target: PreTrainedModel, prompt_ids: torch.Tensor, top_k: int) -> list[DraftSource]:
-        return [TrueSource(truth, seed, top_k == 1), *stock(head, target, prompt_ids, top_k)]
+    def draft_sources(target: PreTrainedModel, prompt_ids: torch.Tensor, top_k: int, noise: Any) -> list[DraftSource]:
+        return [TrueSource(truth, seed, top_k == 1), *stock(head, target, prompt_ids, top_k, noise)]
 
     head.draft_sources = draft_sources
 
