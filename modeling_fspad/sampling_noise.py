@@ -54,14 +54,14 @@ class SamplingNoise:
         self._warpers = LogitsProcessorList(warper for warper in logits_processor if type(warper) in kept)
         self._truncates = any(type(warper) in _TRUNCATING for warper in self._warpers)
         self._generator = torch.Generator(device)
-        # Of the coming draws: the state of the generator before each, and its noise
-        self._coming: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Of the coming draws: the state of the generator before each as bytes, and its noise
+        self._coming: list[tuple[bytes, torch.Tensor]] = []
         self._next_state: torch.Tensor | None = None
 
     def begin(self) -> None:
         """A draft begins: the next draw is the one that will choose its first token."""
         state = generator_state(self.device)
-        while self._coming and not torch.equal(self._coming[0][0], state):
+        while self._coming and self._coming[0][0] != state.numpy().tobytes():
             del self._coming[0]
         if not self._coming:
             self._next_state = state
@@ -78,7 +78,7 @@ class SamplingNoise:
         while len(self._coming) <= index:
             self._generator.set_state(self._next_state)
             noise = torch.empty(self.shape, device=self.device).exponential_(generator=self._generator)
-            self._coming.append((self._next_state, noise))
+            self._coming.append((self._next_state.numpy().tobytes(), noise))
             self._next_state = self._generator.get_state()
         return self._coming[index][1]
 
