@@ -26,8 +26,8 @@ from .lookup_source import LookupSource
 from .plain_decoding import decode_plainly
 from .position_limits import position_table_length
 from .provenance import warn_of_another_target
-from .step_costs import costs_of
 from .sampling_noise import SamplingNoise, sampling_noise
+from .step_costs import costs_of
 from .target import check_target, device_of
 from .verification import Verifier
 from .verification_mode import VerificationMode
