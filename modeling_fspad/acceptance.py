@@ -56,8 +56,8 @@ class Accepted:
 class TokenChooser:
     """Chooses tokens as plain decoding does, one after the other, and remembers what it was asked to return.
 
-    Drafts are deterministic, so one draw from the target's own processed distribution at each visited node is exact, and
-    as it is the only draw for that token the random numbers are those of plain sampling.
+    Each token is drawn once, from the target's own processed distribution after the true prefix and with the random numbers
+    that plain sampling would use. So it is the token of plain sampling, whatever was drafted, and however.
 
     Args:
         logits_processor: Applied to the true prefix of every token, in order and once.
@@ -184,9 +184,34 @@ def _walk_ahead(tree: DraftTree, logits: torch.Tensor, input_ids: torch.LongTens
     The host waits for the device once. Random numbers that were drawn for tokens which are taken back are given back too.
     """
     start, num_scores, num_logits = input_ids.shape[1], len(chooser.scores), len(chooser.logits)
+    generator_states: list[torch.Tensor] = []
+    try:
+        input_ids, steps = _choose_ahead(tree, logits, input_ids, chooser, generator_states)
+        token_ids, path, is_real = (list(column) for column in zip(*steps.tolist(), strict=True))
+    except BaseException as raised:  # an interruption, as above; of the tokens none is known
+        return Accepted([0], input_ids, [], False, torch.zeros(1, dtype=torch.long, device=logits.device), raised)
+    emitted = sum(is_real)
+    stop = chooser.stops_at(token_ids[:emitted], start)
+    emitted = emitted if stop is None else stop + 1
+    if emitted < len(generator_states):
+        _set_generator_state(input_ids.device, generator_states[emitted])
+    chooser.scores = chooser.scores[: num_scores + emitted]
+    chooser.logits = chooser.logits[: num_logits + emitted]
+    return Accepted(
+        path[:emitted], input_ids[:, : start + emitted], token_ids[:emitted], stop is not None, steps[:emitted, 1]
+    )
+
+
+def _choose_ahead(
+    tree: DraftTree,
+    logits: torch.Tensor,
+    input_ids: torch.LongTensor,
+    chooser: TokenChooser,
+    generator_states: list[torch.Tensor],
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """All tokens so far and those chosen, and for each of these, of shape `(chosen, 3)`: itself, its node, if it is real."""
     tokens, parents = tree.tokens.to(logits.device), tree.parents.to(logits.device)
     is_draft = torch.arange(tree.num_nodes, device=logits.device) > 0
-    generator_states = []
     node = torch.zeros(1, 1, dtype=torch.long, device=logits.device)  # (1, 1)
     on_path = torch.ones_like(node, dtype=torch.bool)
     report = []
@@ -200,18 +225,7 @@ def _walk_ahead(tree: DraftTree, logits: torch.Tensor, input_ids: torch.LongTens
         is_child = (parents == node) & (tokens == report[-1][:, :1]) & is_draft  # (1, nodes)
         on_path = on_path & is_child.any(dim=1, keepdim=True)
         node = is_child.long().argmax(dim=1, keepdim=True)
-    steps = torch.cat(report)  # (depth + 1, 3)
-    token_ids, path, is_real = (list(column) for column in zip(*steps.tolist(), strict=True))
-    emitted = sum(is_real)
-    stop = chooser.stops_at(token_ids[:emitted], start)
-    emitted = emitted if stop is None else stop + 1
-    if emitted < len(generator_states):
-        _set_generator_state(input_ids.device, generator_states[emitted])
-    chooser.scores = chooser.scores[: num_scores + emitted]
-    chooser.logits = chooser.logits[: num_logits + emitted]
-    return Accepted(
-        path[:emitted], input_ids[:, : start + emitted], token_ids[:emitted], stop is not None, steps[:emitted, 1]
-    )
+    return input_ids, torch.cat(report)
 
 
 def _depth(tree: DraftTree) -> int:

@@ -82,6 +82,16 @@ def test_an_exception_is_handed_back_with_what_was_accepted_before_it(error):
     assert accepted.token_ids == [4, 6]
 
 
+def test_an_interruption_while_running_ahead_keeps_the_root_alone():
+    """Its keys are there in plain decoding too; of the tokens chosen on the device none has been looked at."""
+    error = KeyboardInterrupt()
+    chooser = make_chooser(processors=[FailingAfter(4, error)])
+    accepted = acceptance._walk_ahead(TREE, logits_that_choose(4, 0, 6, 0, 3, 0), PROMPT, chooser)
+    assert accepted.error is error
+    assert (accepted.path, accepted.nodes.tolist(), accepted.token_ids) == ([0], [0], [])
+    assert torch.equal(accepted.input_ids, PROMPT)
+
+
 def random_tree(rng, vocab_size):
     tokens, parents, edges = [rng.randrange(vocab_size)], [0], set()
     for _ in range(rng.randrange(24)):
@@ -193,7 +203,7 @@ def test_sampled_distribution_is_the_targets(options):
         scores = scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
     expected = scores.softmax(-1).gather(-1, sequences[..., None])[..., 0].prod(-1)
 
-    num_draws = 3000
+    num_draws = 1500
     counts = torch.zeros(8**3)
     torch.manual_seed(0)
     for _ in range(num_draws):
