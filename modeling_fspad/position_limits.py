@@ -65,18 +65,20 @@ class PositionLimits:
         """Move on by as many positions."""
         self.position += num_tokens
 
-    def max_depth(self, num_tokens: int) -> int | None:
+    def max_depth(self, num_tokens: int, num_cached: int) -> int | None:
         """Levels below the root that stay within all limits; `None` for no limit.
 
         Args:
             num_tokens: Tokens so far, the root included.
+            num_cached: Tokens in the cache.
         """
         depths = []
         if self.ends_at is not None:
             depths.append(self.ends_at - 1 - self.position)
         if self.changes_at is not None and self.position < self.changes_at:
             depths.append(self.changes_at - 1 - self.position)
-        if self.resets_at is not None and num_tokens <= self.resets_at + 1:
+        # Some releases compute but one token anew, and so reset at every token from there on
+        if self.resets_at is not None and num_cached <= self.resets_at:
             depths.append(self.resets_at - num_tokens)
         return max(0, min(depths)) if depths else None
 

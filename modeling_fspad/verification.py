@@ -68,6 +68,7 @@ class Verifier:
         if "logits_to_keep" in self.model_kwargs:
             self.model_kwargs["logits_to_keep"] = 0  # all rows, of which the tap passes on those that are needed
         self.limits = PositionLimits(target)
+        self._stands_still = False
         self.hidden_states: tuple = ()
         self.attentions: tuple = ()
         self.tap = FeatureTap(target)
@@ -139,6 +140,9 @@ class Verifier:
         if self.mode is VerificationMode.TREE and self._one_token_inputs(input_ids).get("position_ids") is None:
             # The target takes positions from its cache, where the nodes of a tree stand elsewhere
             self.mode = VerificationMode.CHAIN
+            # Or it counts those of its tokens that are no padding, which is another number where a draft is such a token
+            modules = self.target.modules()
+            self._stands_still = any(hasattr(module, "create_position_ids_from_input_ids") for module in modules)
         return verified
 
     def max_depth(self, num_tokens: int) -> int | None:
@@ -147,7 +151,7 @@ class Verifier:
         Args:
             num_tokens: Tokens so far, the root included.
         """
-        return self.limits.max_depth(num_tokens)
+        return 0 if self._stands_still else self.limits.max_depth(num_tokens, self.cache.get_seq_length())
 
     def run(self, tree: DraftTree, input_ids: torch.LongTensor) -> Verified:
         """Run the target on all nodes of a tree.
@@ -163,7 +167,7 @@ class Verifier:
             # Processors are slower without a mask where heads share keys: torch 2.13 takes 1.3 times as long for a token
             # of a bf16 target after 700 others
             wants_mask = tree.num_nodes > 1 or self.target.device.type == "cpu"
-            computes_anew = model_inputs["input_ids"].shape[1] > 1
+            computes_anew = model_inputs.get("past_key_values") is not self.cache
             if self.mode is VerificationMode.TREE and wants_mask and not computes_anew:
                 self._widen(model_inputs, tree)
         with self.tap.record() as recorded:

@@ -70,6 +70,8 @@ def decide_by_rule(target: PreTrainedModel, cache: Cache | None) -> tuple[Verifi
     layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     if target._is_stateful or layer_types & {"linear_attention", "hybrid", "hybrid_sliding"}:
         return VerificationMode.PLAIN, f"{name} has a recurrent state that cannot be rolled back"
+    if "reference_sliding_attention" in layer_types:
+        return VerificationMode.PLAIN, f"{name} slides a window over its answer alone, which cannot be rolled back"
     forward_arguments = inspect.signature(target.forward).parameters
     if hasattr(target.forward, "_torchdynamo_orig_callable"):
         return (

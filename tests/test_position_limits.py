@@ -156,19 +156,19 @@ def limits_at(target, position):
 def test_limits():
     plain = make_target()
     assert position_table_length(plain) is None
-    assert limits_at(plain, 600).max_depth(600) is None
+    assert limits_at(plain, 600).max_depth(600, 599) is None
     gpt2 = make_target("gpt2", n_positions=24)
     assert position_table_length(gpt2) == 24
     limits = limits_at(gpt2, 20)
-    assert limits.max_depth(99) == 3
+    assert limits.max_depth(99, 98) == 3
     limits.advance(2)
-    assert limits.max_depth(99) == 1
+    assert limits.max_depth(99, 98) == 1
     limits.advance(4)
-    assert limits.max_depth(99) == 0
+    assert limits.max_depth(99, 98) == 0
     longrope = make_target(rope_parameters=LONGROPE)
-    assert [limits_at(longrope, position).max_depth(0) for position in (22, 23, 24)] == [1, 0, None]
+    assert [limits_at(longrope, position).max_depth(0, 0) for position in (22, 23, 24)] == [1, 0, None]
     dynamic = make_target(rope_parameters=DYNAMIC, max_position_embeddings=24)
-    assert [limits_at(dynamic, position).max_depth(0) for position in (22, 23, 24)] == [1, 0, 0]
+    assert [limits_at(dynamic, position).max_depth(0, 0) for position in (22, 23, 24)] == [1, 0, 0]
 
 
 def test_the_first_position_follows_from_what_there_is():
