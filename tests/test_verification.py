@@ -69,7 +69,12 @@ def random_case(seed: int) -> tuple:
 def compare(seed, **options):
     target, head, prompt, case_options = random_case(seed)
     options |= case_options
-    plain = generate(target, prompt, seed=seed, **options)
+    try:
+        plain = generate(target, prompt, seed=seed, **options)
+    except RuntimeError:  # older releases, where processors together leave no token to draw
+        with pytest.raises(RuntimeError, match="probability tensor"):
+            generate(target, prompt, head, seed=seed, **options)
+        return
     if seed % 2:
         know_the_future(head, plain.sequences, seed)
     ours = generate(target, prompt, head, seed=seed, **options)
