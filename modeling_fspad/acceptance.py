@@ -17,7 +17,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .sampling_noise import generator_state
+from .sampling_noise import generator_state, set_generator_state
 from .tree import DraftTree
 
 # Processors that may also be asked about tokens which are never emitted: they keep no state, and wait for no device
@@ -194,7 +194,7 @@ def _walk_ahead(tree: DraftTree, logits: torch.Tensor, input_ids: torch.LongTens
     stop = chooser.stops_at(token_ids[:emitted], start)
     emitted = emitted if stop is None else stop + 1
     if emitted < len(generator_states):
-        _set_generator_state(input_ids.device, generator_states[emitted])
+        set_generator_state(input_ids.device, generator_states[emitted])
     chooser.scores = chooser.scores[: num_scores + emitted]
     chooser.logits = chooser.logits[: num_logits + emitted]
     return Accepted(
@@ -233,10 +233,3 @@ def _depth(tree: DraftTree) -> int:
     for parent in tree.parent_lists[0][1:]:
         depths.append(depths[parent] + 1)
     return max(depths)
-
-
-def _set_generator_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)

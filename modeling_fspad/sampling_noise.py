@@ -147,4 +147,21 @@ def generator_state(device: torch.device) -> torch.Tensor:
     Args:
         device: The device.
     """
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    module = torch.get_device_module(device)
+    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+
+
+def set_generator_state(device: torch.device, state: torch.Tensor) -> None:
+    """Put the default generator of a device back into a state.
+
+    Args:
+        device: The device.
+        state: What [`generator_state`] has returned.
+    """
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+        return
+    module = torch.get_device_module(device)
+    module.set_rng_state(state, *([] if device.type == "mps" else [device]))
