@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from transformers import GenerationConfig
 
 from .candidates import Candidates
+
+if TYPE_CHECKING:
+    from .configuration_fspad import FSPADConfig
 
 
 class DraftSize(Protocol):
@@ -83,3 +88,37 @@ class FixedSize:
 
     def end(self, num_nodes: int, num_emitted: int, draft_seconds: float, verify_seconds: float) -> None:
         """Nothing to learn."""
+
+
+def drafting_options(
+    config: FSPADConfig, generation_config: GenerationConfig
+) -> tuple[int | Literal["auto"], float | None]:
+    """How much to draft in one call.
+
+    `generate(num_assistant_tokens=..., assistant_confidence_threshold=...)` overrule the head's configuration. The
+    values that transformers fills in by itself (20 and 0.4) cannot be told from an omission and count as one.
+
+    Args:
+        config: The head's configuration.
+        generation_config: The options of `generate`.
+
+    Returns:
+        The number of tokens to verify, or `"auto"`, and the confidence below which drafting ends early.
+
+    Raises:
+        ValueError: If `num_assistant_tokens` is no positive integer.
+    """
+    filled_in = generation_config._get_default_generation_params()
+
+    def given(name: str) -> Any:
+        value = getattr(generation_config, name, None)
+        return None if value == filled_in.get(name) else value
+
+    num_draft_tokens = given("num_assistant_tokens")
+    if num_draft_tokens is None:
+        num_draft_tokens = config.num_draft_tokens
+    elif not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
+        raise ValueError(
+            f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it."
+        )
+    return num_draft_tokens, given("assistant_confidence_threshold")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .acceptance import TokenChooser
 from .automatic_size import AutomaticSize
 from .decoding_loop import DecodingLoop
-from .draft_size import FixedSize
+from .draft_size import FixedSize, drafting_options
 from .draft_source import DraftSource
 from .drafting import Drafter
 from .head_source import HeadSource
@@ -35,7 +35,6 @@ from .verification_mode import VerificationMode
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .configuration_fspad import FSPADConfig
 
 logger = logging.get_logger(__name__)
 
@@ -153,6 +152,8 @@ class AssistedDecodingMixin:
             size = FixedSize(num_draft_tokens, self.config.draft_depth, threshold)
         loop = DecodingLoop(verifier, Drafter(sources, size, is_chain), chooser)
         sequences = loop.run(input_ids)
+        if verifier.mode is not mode:  # known from the prefill on
+            self._explain(target, verifier.mode, f"{type(target).__name__} counts positions by itself")
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:
@@ -245,40 +246,6 @@ def check_inputs(input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> N
         )
     if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
         raise ValueError("the prompt is empty: expected at least one token, e.g. the target's bos token, got none.")
-
-
-def drafting_options(
-    config: FSPADConfig, generation_config: GenerationConfig
-) -> tuple[int | Literal["auto"], float | None]:
-    """How much to draft in one call.
-
-    `generate(num_assistant_tokens=..., assistant_confidence_threshold=...)` overrule the head's configuration. The
-    values that transformers fills in by itself (20 and 0.4) cannot be told from an omission and count as one.
-
-    Args:
-        config: The head's configuration.
-        generation_config: The options of `generate`.
-
-    Returns:
-        The number of tokens to verify, or `"auto"`, and the confidence below which drafting ends early.
-
-    Raises:
-        ValueError: If `num_assistant_tokens` is no positive integer.
-    """
-    filled_in = generation_config._get_default_generation_params()
-
-    def given(name: str) -> Any:
-        value = getattr(generation_config, name, None)
-        return None if value == filled_in.get(name) else value
-
-    num_draft_tokens = given("num_assistant_tokens")
-    if num_draft_tokens is None:
-        num_draft_tokens = config.num_draft_tokens
-    elif not isinstance(num_draft_tokens, int) or num_draft_tokens < 1:
-        raise ValueError(
-            f"num_assistant_tokens must be a positive integer, got {num_draft_tokens!r}: raise or drop it."
-        )
-    return num_draft_tokens, given("assistant_confidence_threshold")
 
 
 def evaluating(head: nn.Module) -> nn.Module:

@@ -68,7 +68,6 @@ class Verifier:
         if "logits_to_keep" in self.model_kwargs:
             self.model_kwargs["logits_to_keep"] = 0  # all rows, of which the tap passes on those that are needed
         self.limits = PositionLimits(target)
-        self._stands_still = False
         self.hidden_states: tuple = ()
         self.attentions: tuple = ()
         self.tap = FeatureTap(target)
@@ -141,8 +140,8 @@ class Verifier:
             # The target takes positions from its cache, where the nodes of a tree stand elsewhere
             self.mode = VerificationMode.CHAIN
             # Or it counts those of its tokens that are no padding, which is another number where a draft is such a token
-            modules = self.target.modules()
-            self._stands_still = any(hasattr(module, "create_position_ids_from_input_ids") for module in modules)
+            if any(hasattr(module, "create_position_ids_from_input_ids") for module in self.target.modules()):
+                self.mode = VerificationMode.PLAIN
         return verified
 
     def max_depth(self, num_tokens: int) -> int | None:
@@ -151,7 +150,11 @@ class Verifier:
         Args:
             num_tokens: Tokens so far, the root included.
         """
-        return 0 if self._stands_still else self.limits.max_depth(num_tokens, self.cache.get_seq_length())
+        return (
+            0
+            if self.mode is VerificationMode.PLAIN
+            else self.limits.max_depth(num_tokens, self.cache.get_seq_length())
+        )
 
     def run(self, tree: DraftTree, input_ids: torch.LongTensor) -> Verified:
         """Run the target on all nodes of a tree.

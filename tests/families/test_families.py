@@ -13,6 +13,9 @@ QUICK = {
     "llama (dynamic RoPE)": POSITIONS,
     "phi3 (longrope RoPE)": ("greedy", *POSITIONS),
     "phimoe (longrope RoPE)": ("greedy", *POSITIONS),
+    "phi4_multimodal (longrope RoPE)": ("greedy", *POSITIONS),
+    "kosmos-2.5 (image)": ("sampled", "padded"),
+    "unlimited_ocr (image)": ("greedy", "padded"),
     # layers with windows, chunks, shared keys, latent keys, sinks
     "mistral": WINDOWED,
     "gemma3_text": WINDOWED,
