@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from fspad.automatic_size import MAX_CANDIDATES, AutomaticSize
 from fspad.candidates import Candidates
+from fspad.experience import Experience
 from fspad.step_costs import StepCosts
 
 TOP_K, DEPTH = 8, 5
@@ -118,7 +119,7 @@ def settle(costs: KnownCosts, best: float) -> tuple[float, float, float, float]:
     Returns:
         Drafted tokens that are verified, levels, tokens a step and speedup, as means of the last half of the steps.
     """
-    size, history = AutomaticSize(costs, DEPTH), []
+    size, history = AutomaticSize(costs, Experience(), DEPTH), []
     for _ in range(NUM_STEPS):
         candidates, levels = draft(size, best, costs.knows_scores)
         nodes = size.choose(candidates)

@@ -17,7 +17,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .sampling_noise import generator_state, set_generator_state
+from .sampling_noise import SamplingNoise, generator_state, set_generator_state
 from .tree import DraftTree
 
 # Processors that may also be asked about tokens which are never emitted: they keep no state, and wait for no device
@@ -66,6 +66,7 @@ class TokenChooser:
         streamer: Gets every token as it is chosen.
         keep_scores: Whether to keep the processed scores of every token.
         keep_logits: Whether to keep the raw logits of every token.
+        noise: Knows random numbers that drafting has foreseen.
     """
 
     logits_processor: LogitsProcessorList
@@ -74,6 +75,7 @@ class TokenChooser:
     streamer: BaseStreamer | None = None
     keep_scores: bool = False
     keep_logits: bool = False
+    noise: SamplingNoise | None = None
     scores: tuple[torch.Tensor, ...] = field(default=(), init=False)
     logits: tuple[torch.Tensor, ...] = field(default=(), init=False)
 
@@ -99,7 +101,10 @@ class TokenChooser:
         if self.keep_logits:
             self.logits += (logits,)
         if self.do_sample:
-            return torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+            probabilities = scores.softmax(dim=-1)
+            if self.noise is not None:
+                return self.noise.draw(probabilities)
+            return torch.multinomial(probabilities, num_samples=1)
         return scores.argmax(dim=-1, keepdim=True)
 
     def emit(self, input_ids: torch.LongTensor, tokens: torch.LongTensor) -> tuple[torch.LongTensor, bool]:

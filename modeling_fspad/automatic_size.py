@@ -15,15 +15,14 @@ from __future__ import annotations
 import math
 
 from .candidates import Candidates
+from .experience import Experience
 from .step_costs import StepCosts
 
 MAX_CANDIDATES = 48
 # How much of the probability of the nodes that are expanded their children are expected to keep, before any are seen
 _KEPT = 0.6
-# Weight of a new observation: the rate is that of many steps, as answers come in bursts
-_RATE, _WORTH, _KEEPS = 0.03, 0.15, 0.06
-# Most steps between two looks at a head that was not worth its time
-_LONGEST_PAUSE = 32
+# Weight of a new observation
+_KEEPS = 0.06
 
 
 class AutomaticSize:
@@ -31,26 +30,24 @@ class AutomaticSize:
 
     Args:
         costs: What steps cost.
+        experience: What earlier calls have learned.
         depth: Levels that may be expanded after the first.
         confidence_threshold: Stop when the best path of the last level is less probable than this; `None` for never.
     """
 
     is_automatic = True
 
-    def __init__(self, costs: StepCosts, depth: int, confidence_threshold: float | None = None):
+    def __init__(
+        self, costs: StepCosts, experience: Experience, depth: int, confidence_threshold: float | None = None
+    ):
         self.needs_scores = confidence_threshold is not None
         self.confidence_threshold = confidence_threshold
         self.max_candidates = MAX_CANDIDATES
         self.costs = costs
+        self.experience = experience
         self.depth = depth
-        # Of the last steps, as averages
-        self._tokens, self._seconds = 1.0, costs.verify(1)
         self.kept = _KEPT
         self._has_drafted = False
-        # What asking the head has been worth, in tokens: where others had no good draft already, and where they had
-        self._worth = {False: math.inf, True: math.inf}
-        self._pause = {False: 0, True: 0}
-        self._next_pause = {False: 1, True: 1}
         self.begin()
 
     def begin(self) -> None:
@@ -80,7 +77,8 @@ class AutomaticSize:
             return ranking[: self.costs.trial - 1]
         num_nodes, worth = self._best(candidates, ranking)
         if self._without_head is not None:
-            self._learn_worth(worth - self.rate * self.costs.draft(self._levels) - self._without_head)
+            worth -= self.rate * self.costs.draft(self._levels) + self._without_head
+            self.experience.observe_head(self._has_others, worth)
         return ranking[:num_nodes]
 
     def end(self, num_nodes: int, num_emitted: int, draft_seconds: float, verify_seconds: float) -> None:
@@ -90,34 +88,22 @@ class AutomaticSize:
             self.costs.observe_draft(self._levels, draft_seconds)
         self._has_drafted |= self._levels > 0
         self.costs.observe_verify(num_nodes, verify_seconds)
-        seconds = self.costs.verify(num_nodes) + self.costs.draft(self._levels)
-        self._tokens += _RATE * (num_emitted - self._tokens)
-        self._seconds += _RATE * (seconds - self._seconds)
+        if self.costs.trial is None:
+            self.experience.observe_step(num_emitted, self.costs.verify(num_nodes) + self.costs.draft(self._levels))
 
     @property
     def rate(self) -> float:
         """Tokens per second of late; not below those of plain decoding, to which every step could return."""
-        return max(self._tokens / self._seconds, 1 / self.costs.verify(1))
+        return max(self.experience.rate, 1 / self.costs.verify(1))
 
     def _wants_head(self, candidates: Candidates) -> bool:
         ranking = candidates.ranking()
         without_head = self._best(candidates, ranking)[1]
         self._has_others = bool(ranking) and candidates.scores[ranking[0]] > math.log(0.5)
-        if self._worth[self._has_others] <= 0 and self._pause[self._has_others] > 0:
-            self._pause[self._has_others] -= 1
+        if not self.experience.wants_head(self._has_others):
             return False
         self._without_head = without_head
         return True
-
-    def _learn_worth(self, worth: float) -> None:
-        """What it was worth to ask the head, and when to ask it again if it was not."""
-        key = self._has_others
-        old = worth if math.isinf(self._worth[key]) else self._worth[key]
-        self._worth[key] = old + _WORTH * (worth - old)
-        if worth > 0:
-            self._next_pause[key] = 1
-        self._pause[key] = self._next_pause[key]
-        self._next_pause[key] = min(2 * self._next_pause[key], _LONGEST_PAUSE)
 
     def _expected_mass(self, level: int, scores: list[float] | None) -> float:
         """The expected number of accepted drafts among the nodes that a level expands."""

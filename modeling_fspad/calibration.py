@@ -19,8 +19,9 @@ class Calibration:
     """
 
     def __init__(self) -> None:
-        self._accepted: list[float] = []
-        self._expected: list[float] = []
+        # By depth: how many drafts were accepted, and how many were expected to be. Replaced as a whole, since calls in
+        # other threads read it
+        self._counts: list[tuple[float, float]] = []
 
     def correction(self, depth: int) -> float:
         """What to add to the log-probability of a path.
@@ -28,9 +29,11 @@ class Calibration:
         Args:
             depth: Its length, at least 1.
         """
-        if depth > len(self._accepted):
+        counts = self._counts
+        if depth > len(counts):
             return 0.0
-        ratio = (self._accepted[depth - 1] + _PRIOR) / (self._expected[depth - 1] + _PRIOR)
+        accepted, expected = counts[depth - 1]
+        ratio = (accepted + _PRIOR) / (expected + _PRIOR)
         return min(math.log(ratio), _MOST)
 
     def learn(self, drafted: Iterable[tuple[int, int, int, float]], emitted: list[int]) -> None:
@@ -43,9 +46,7 @@ class Calibration:
             emitted: The tokens.
         """
         depths, true_path = {-1: 0}, {-1}
-        missing = max(0, len(emitted) - len(self._accepted))
-        self._accepted += [0.0] * missing
-        self._expected += [0.0] * missing
+        counts = self._counts + [(0.0, 0.0)] * (len(emitted) - len(self._counts))
         expected, accepted = [0.0] * len(emitted), [0.0] * len(emitted)
         for index, token, parent, score in drafted:
             depth = depths[index] = depths[parent] + 1
@@ -58,5 +59,5 @@ class Calibration:
         deepest = max(depths.values())
         fade = 1 - 1 / _MEMORY
         for depth in range(min(deepest, len(emitted))):
-            self._accepted[depth] = self._accepted[depth] * fade + accepted[depth]
-            self._expected[depth] = self._expected[depth] * fade + expected[depth]
+            counts[depth] = (counts[depth][0] * fade + accepted[depth], counts[depth][1] * fade + expected[depth])
+        self._counts = counts

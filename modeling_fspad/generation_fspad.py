@@ -20,6 +20,7 @@ from .decoding_loop import DecodingLoop
 from .draft_size import FixedSize, drafting_options
 from .draft_source import DraftSource
 from .drafting import Drafter
+from .experience import experience_of
 from .head_source import HeadSource
 from .hook import install_hook
 from .lookup_source import LookupSource
@@ -131,6 +132,9 @@ class AssistedDecodingMixin:
             return FSPADGenerateOutput(**output, accept_lengths=accept_lengths, draft_time=0.0, verify_time=0.0)
 
         self._check_length(target, input_ids, model_kwargs.get("attention_mask"))
+        noise = None
+        if generation_config.do_sample:
+            noise = sampling_noise(logits_processor, (input_ids.shape[0], self.config.vocab_size), input_ids.device)
         chooser = TokenChooser(
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
@@ -138,16 +142,15 @@ class AssistedDecodingMixin:
             streamer=streamer,
             keep_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
             keep_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
+            noise=noise,
         )
         verifier = Verifier(target, mode, generation_config, model_kwargs)
         is_chain = mode is VerificationMode.CHAIN
         top_k = 1 if is_chain else self.config.draft_top_k
-        noise = None
-        if generation_config.do_sample:
-            noise = sampling_noise(logits_processor, (input_ids.shape[0], self.config.vocab_size), input_ids.device)
         sources = evaluating(self).draft_sources(target, input_ids, top_k, noise)
         if num_draft_tokens == "auto":
-            size = AutomaticSize(costs_of(target, mode), self.config.draft_depth, threshold)
+            experience = experience_of(self, target, noise is not None)
+            size = AutomaticSize(costs_of(target, mode), experience, self.config.draft_depth, threshold)
         else:
             size = FixedSize(num_draft_tokens, self.config.draft_depth, threshold)
         loop = DecodingLoop(verifier, Drafter(sources, size, is_chain), chooser)
@@ -182,7 +185,9 @@ class AssistedDecodingMixin:
             noise: What the target will sample with; `None` for greedy decoding, and where it cannot be foreseen.
         """
         head = HeadSource(self, target, top_k, prompt_ids, noise)
-        return [LookupSource(), head] if self.config.lookup else [head]
+        if not self.config.lookup:
+            return [head]
+        return [LookupSource(experience_of(self, target, noise is not None).lookup_trust), head]
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from .calibration import Calibration
 from .candidates import Candidates
 from .draft_size import DraftSize
 from .draft_source import DraftSource, Emitted
+from .experience import experience_of
 from .sampling_noise import SamplingNoise
 from .target import LMHead, embed_tokens
 from .tree_attention import additive_mask
@@ -95,7 +95,7 @@ class HeadSource(DraftSource):
         self.looks_between_levels = self.lm_head.device.type == "cpu"
         self.cache = DynamicCache()
         self.padding_mask: torch.Tensor | None = None
-        self.calibration = Calibration()
+        self.calibration = experience_of(head, target, noise is not None).calibration
         self._pending: list[Emitted] = []
         self._drafted: list[list[tuple[int, int, int, float]]] = []
 

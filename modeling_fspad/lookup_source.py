@@ -16,6 +16,8 @@ NUM_CONTINUATIONS = 2
 # how many observations that counts. From SmolLM2's answers to prompts of several tasks.
 PRIORS = {1: 0.2, 2: 0.5, 3: 0.57, 4: 0.65, 5: 0.75, 8: 0.85, 16: 0.93, 32: 0.96}
 PRIOR_WEIGHT = 4.0
+# As how many observations all those of earlier calls count: texts differ
+CARRIED_WEIGHT = 8.0
 # The share of what the latest occurrence leaves that goes to the one before
 EARLIER = 0.4
 # Older observations fade, so that a text which begins to repeat itself is noticed
@@ -67,23 +69,52 @@ class NgramIndex:
         return n
 
 
-class LookupSource(DraftSource):
-    """Proposes continuations of earlier occurrences of the last tokens, as prompt lookup does, but into the tree.
+class LookupTrust:
+    """How far continuations of matches can be trusted: what was right so far, by the length of the match.
 
-    How far they are trusted follows from what was right so far in this call, by the length of the match. A draft that is
-    right makes the match longer by one token, so that drafts are trusted more the further they are right.
+    A text that is drawn repeats itself less than one of most probable tokens.
     """
 
     def __init__(self) -> None:
-        self._indices: list[NgramIndex] = []
-        self._proposed: list[list[tuple[int, list[int]]]] = []
-        self._right = {n: prior * PRIOR_WEIGHT for n, prior in PRIORS.items()}
-        self._seen = dict.fromkeys(PRIORS, PRIOR_WEIGHT)
+        # How many continuations were right, and how many were seen
+        self._counts = {n: (prior * PRIOR_WEIGHT, PRIOR_WEIGHT) for n, prior in PRIORS.items()}
+
+    def begin(self) -> None:
+        """A call begins, with another text."""
+        for n, (right, seen) in self._counts.items():
+            kept = min(1.0, CARRIED_WEIGHT / seen)
+            self._counts[n] = right * kept, seen * kept
 
     def probability(self, n: int) -> float:
         """How probable the token after a match of n tokens is."""
-        known = _CLASSES[min(n, len(_CLASSES) - 1)]
-        return self._right[known] / self._seen[known]
+        right, seen = self._counts[_class(n)]
+        return right / seen
+
+    def learn(self, n: int, is_right: bool) -> None:
+        """Take in whether the token after a match of n tokens was right."""
+        right, seen = self._counts[_class(n)]
+        fade = 1 - 1 / MEMORY
+        self._counts[_class(n)] = right * fade + is_right, seen * fade + 1
+
+
+def _class(n: int) -> int:
+    return _CLASSES[min(n, len(_CLASSES) - 1)]
+
+
+class LookupSource(DraftSource):
+    """Proposes continuations of earlier occurrences of the last tokens, as prompt lookup does, but into the tree.
+
+    A draft that is right makes the match longer by one token, so that drafts are trusted more the further they are right.
+
+    Args:
+        trust: How far they are trusted, and what learns that; by default nothing was seen yet.
+    """
+
+    def __init__(self, trust: LookupTrust | None = None) -> None:
+        self.trust = LookupTrust() if trust is None else trust
+        self.trust.begin()
+        self._indices: list[NgramIndex] = []
+        self._proposed: list[list[tuple[int, list[int]]]] = []
 
     def extend(self, emitted: Emitted) -> None:
         """Judge what was proposed for these tokens, and add them to the index."""
@@ -109,16 +140,13 @@ class LookupSource(DraftSource):
             if known is not None and not has_parted:
                 node, score = known, candidates.scores[known]
                 continue
-            right = self.probability(n + offset)
+            right = self.trust.probability(n + offset)
             # Where an earlier occurrence went on in another way, it is left with what the latest one is not
             score += math.log(right if has_parted else EARLIER * (1 - right))
             node, has_parted = candidates.add(node, token, score), True
 
     def _judge(self, n: int, continuation: list[int], tokens: list[int]) -> None:
-        fade = 1 - 1 / MEMORY
         for offset, (proposed, token) in enumerate(zip(continuation, tokens, strict=False)):
-            known = _CLASSES[min(n + offset, len(_CLASSES) - 1)]
-            self._right[known] = self._right[known] * fade + (proposed == token)
-            self._seen[known] = self._seen[known] * fade + 1
+            self.trust.learn(n + offset, proposed == token)
             if proposed != token:
                 break

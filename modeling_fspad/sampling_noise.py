@@ -10,6 +10,7 @@ draws, and so the text, stays that of plain sampling.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -36,6 +37,14 @@ _TRUNCATING = (
 _NUM_TRUNCATED = 64
 
 
+@dataclass
+class _Draw:
+    """A coming draw: the state of the generator before it, and its noise of shape `(batch, vocab)`."""
+
+    state: torch.Tensor
+    noise: torch.Tensor
+
+
 class SamplingNoise:
     """Noise of the coming draws of one call of `generate`.
 
@@ -48,23 +57,44 @@ class SamplingNoise:
     def __init__(self, logits_processor: LogitsProcessorList, shape: tuple[int, int], device: torch.device):
         self.shape = shape
         self.device = device
+        self.is_reused = device.type == "cpu"
         temperatures = [warper.temperature for warper in logits_processor if type(warper) is TemperatureLogitsWarper]
         self.temperature = float(temperatures[-1]) if temperatures else 1.0
         kept = (TemperatureLogitsWarper, *_TRUNCATING)
         self._warpers = LogitsProcessorList(warper for warper in logits_processor if type(warper) in kept)
         self._truncates = any(type(warper) in _TRUNCATING for warper in self._warpers)
         self._generator = torch.Generator(device)
-        # Of the coming draws: the state of the generator before each as bytes, and its noise
-        self._coming: list[tuple[bytes, torch.Tensor]] = []
+        self._coming: list[_Draw] = []
         self._next_state: torch.Tensor | None = None
 
     def begin(self) -> None:
         """A draft begins: the next draw is the one that will choose its first token."""
         state = generator_state(self.device)
-        while self._coming and self._coming[0][0] != state.numpy().tobytes():
+        while self._coming and self._coming[0].state.numpy().tobytes() != state.numpy().tobytes():
             del self._coming[0]
         if not self._coming:
             self._next_state = state
+
+    def draw(self, probabilities: torch.Tensor) -> torch.LongTensor:
+        """Draw what `torch.multinomial` would draw now, and leave the generator as it would.
+
+        On a processor, noise that was foreseen for this draw is not made a second time: it takes longer than all else in
+        a draw. An accelerator makes it in no time, and would have to wait for a look at the probabilities.
+
+        Args:
+            probabilities: Of shape `(batch, vocab)` in float32.
+
+        Returns:
+            Tokens of shape `(batch, 1)`.
+        """
+        # NaN, which `multinomial` refuses, is in all of a softmax or in nothing of it
+        if self.is_reused and self._coming and not probabilities[:, 0].isnan().any():
+            self.begin()
+            if self._coming:
+                noise = self._coming.pop(0).noise
+                set_generator_state(self.device, self._coming[0].state if self._coming else self._next_state)
+                return (probabilities / noise).argmax(dim=-1, keepdim=True)
+        return torch.multinomial(probabilities, num_samples=1)
 
     def of_draw(self, index: int) -> torch.Tensor:
         """Exponential noise of a coming draw.
@@ -78,9 +108,9 @@ class SamplingNoise:
         while len(self._coming) <= index:
             self._generator.set_state(self._next_state)
             noise = torch.empty(self.shape, device=self.device).exponential_(generator=self._generator)
-            self._coming.append((self._next_state.numpy().tobytes(), noise))
+            self._coming.append(_Draw(self._next_state, noise))
             self._next_state = self._generator.get_state()
-        return self._coming[index][1]
+        return self._coming[index].noise
 
     def perturb(
         self, logits: torch.Tensor, token_ids: torch.LongTensor | None, index: int

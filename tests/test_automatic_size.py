@@ -12,6 +12,7 @@ from drafters import tried
 
 from fspad.automatic_size import AutomaticSize
 from fspad.candidates import Candidates
+from fspad.experience import Experience
 from fspad.step_costs import costs_of
 from fspad.verification_mode import VerificationMode
 
@@ -35,7 +36,7 @@ def candidates_of(*probabilities):
 def test_no_other_choice_of_nodes_is_worth_more(seed):
     rng = random.Random(seed)
     slope = rng.choice([1e-4, 1e-3, 5e-3])
-    size = AutomaticSize(tried(lambda n: 0.03 + slope * n), depth=4)
+    size = AutomaticSize(tried(lambda n: 0.03 + slope * n), Experience(), depth=4)
     candidates = Candidates(0)
     for token in range(7):
         parent = rng.randrange(len(candidates))
@@ -56,9 +57,9 @@ def test_no_other_choice_of_nodes_is_worth_more(seed):
 
 def test_many_nodes_where_they_cost_nothing_and_none_where_each_costs_a_step():
     candidates = candidates_of(0.5, 0.2, 0.1, 0.05, 0.02)
-    assert len(AutomaticSize(tried(flat), 4).choose(candidates)) == 5
-    assert AutomaticSize(tried(steep), 4).choose(candidates) == []
-    assert AutomaticSize(tried(steep), 4).choose(Candidates(0)) == []
+    assert len(AutomaticSize(tried(flat), Experience(), 4).choose(candidates)) == 5
+    assert AutomaticSize(tried(steep), Experience(), 4).choose(candidates) == []
+    assert AutomaticSize(tried(steep), Experience(), 4).choose(Candidates(0)) == []
 
 
 def test_levels_go_on_while_they_are_worth_their_time():
@@ -67,7 +68,7 @@ def test_levels_go_on_while_they_are_worth_their_time():
         for _ in range(200):
             for levels in (1, 2, 3):
                 costs.observe_draft(levels, 0.001 + level_seconds * (levels - 1))
-        size = AutomaticSize(costs, depth=9)
+        size = AutomaticSize(costs, Experience(), depth=9)
         wanted = 0
         while (
             size.wants_level(Candidates(0), wanted, [math.log(0.3), math.log(0.1)] if wanted else None) and wanted < 4
@@ -77,7 +78,7 @@ def test_levels_go_on_while_they_are_worth_their_time():
 
 
 def test_depth_and_threshold_are_limits():
-    size = AutomaticSize(tried(flat), depth=2, confidence_threshold=0.4)
+    size = AutomaticSize(tried(flat), Experience(), depth=2, confidence_threshold=0.4)
     assert size.wants_level(Candidates(0), 2, [math.log(0.9)])
     assert not size.wants_level(Candidates(0), 3, [math.log(0.9)])
     assert not size.wants_level(Candidates(0), 2, [math.log(0.3)])
@@ -100,18 +101,18 @@ def play(size, steps, probability, acceptance):
 
 
 def test_a_head_that_is_not_worth_its_time_is_asked_now_and_then_only():
-    assert play(AutomaticSize(tried(flat), 4), 200, probability=0.01, acceptance=0.01) < 20
-    assert play(AutomaticSize(tried(flat), 4), 200, probability=0.6, acceptance=0.6) == 200
+    assert play(AutomaticSize(tried(flat), Experience(), 4), 200, probability=0.01, acceptance=0.01) < 20
+    assert play(AutomaticSize(tried(flat), Experience(), 4), 200, probability=0.6, acceptance=0.6) == 200
 
 
 def test_a_head_that_gets_better_is_asked_again():
-    size = AutomaticSize(tried(flat), 4)
+    size = AutomaticSize(tried(flat), Experience(), 4)
     play(size, 200, probability=0.01, acceptance=0.01)
     assert play(size, 200, probability=0.6, acceptance=0.6) > 120
 
 
 def test_a_match_that_is_sure_leaves_nothing_for_the_head():
-    size = AutomaticSize(tried(flat), 4)
+    size = AutomaticSize(tried(flat), Experience(), 4)
     asked = 0
     for _ in range(50):
         size.begin()

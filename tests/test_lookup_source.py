@@ -11,7 +11,7 @@ from conftest import make_head, make_target
 from fspad.candidates import Candidates
 from fspad.draft_size import FixedSize
 from fspad.draft_source import Emitted
-from fspad.lookup_source import LONGEST, MAX_CONTINUATION, PRIORS, SHORTEST, LookupSource, NgramIndex
+from fspad.lookup_source import LONGEST, MAX_CONTINUATION, PRIORS, SHORTEST, LookupSource, LookupTrust, NgramIndex
 
 SIZE = FixedSize(64, 5)
 
@@ -91,24 +91,24 @@ def test_probabilities_are_products_that_grow_with_the_match():
     (candidates,) = propose(source)
     expected = 0.0
     for offset, score in enumerate(candidates.scores[1:]):
-        expected += math.log(source.probability(2 + offset))
+        expected += math.log(source.trust.probability(2 + offset))
         assert score == pytest.approx(expected)
-    assert source.probability(2) == pytest.approx(PRIORS[2])
-    assert source.probability(1000) == pytest.approx(PRIORS[max(PRIORS)])
+    assert source.trust.probability(2) == pytest.approx(PRIORS[2])
+    assert source.trust.probability(1000) == pytest.approx(PRIORS[max(PRIORS)])
 
 
 def test_trust_follows_what_was_right():
     source = LookupSource()
     show(source, [1, 2, 3, 4, 1, 2])
-    before = source.probability(2), source.probability(3)
+    before = source.trust.probability(2), source.trust.probability(3)
     propose(source)
     show(source, [3, 9])  # 3 was right, then 4 was proposed
-    assert source.probability(2) > before[0]
-    assert source.probability(3) < before[1]
+    assert source.trust.probability(2) > before[0]
+    assert source.trust.probability(3) < before[1]
     for new in range(10, 110):
         propose(source)
         show(source, [new, 1, 2])  # the text goes on as it never did
-    assert source.probability(2) < 0.3
+    assert source.trust.probability(2) < 0.3
 
 
 def test_a_text_that_repeats_itself_is_trusted_soon():
@@ -144,3 +144,17 @@ def test_answers_with_lookup_are_plain_and_take_fewer_steps(do_sample):
         steps[lookup] = len(ours.accept_lengths)
     if not do_sample:  # a greedy answer of a small target ends in a loop
         assert steps[True] < steps[False]
+
+
+def test_a_later_call_trusts_what_was_right_in_earlier_ones_and_soon_learns_better():
+    trust = LookupTrust()
+    prior = trust.probability(2)
+    for _ in range(200):
+        trust.learn(2, False)
+    assert trust.probability(2) < 0.05 < prior == LookupTrust().probability(2)
+    source = LookupSource(trust)
+    show(source, [1, 2, 7, 1, 2])
+    assert propose(source)[0].scores[1] < math.log(0.05)
+    for _ in range(10):
+        trust.learn(2, True)
+    assert trust.probability(2) > 0.5

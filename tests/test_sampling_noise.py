@@ -85,6 +85,37 @@ def test_the_generator_is_only_read():
     assert torch.equal(noise.of_draw(0), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_draws_are_those_of_torch(batch, monkeypatch):
+    noise = SamplingNoise(LogitsProcessorList(), (batch, VOCAB), CPU)
+    multinomial, calls = torch.multinomial, []
+    monkeypatch.setattr(torch, "multinomial", lambda *args, **kwargs: calls.append(1) or multinomial(*args, **kwargs))
+    rng, own = random.Random(0), torch.Generator().manual_seed(0)
+    for step in range(20):
+        foreseen = rng.randint(0, 4)
+        noise.begin()
+        if foreseen:
+            noise.of_draw(foreseen - 1)
+        if step % 5 == 4:
+            torch.rand(1)  # somebody else has drawn
+        for _ in range(rng.randint(1, 6)):
+            probabilities = (3 * torch.randn(batch, VOCAB, generator=own)).softmax(dim=-1)
+            state = torch.get_rng_state()
+            expected, after = multinomial(probabilities, num_samples=1), torch.get_rng_state()
+            torch.set_rng_state(state)
+            assert torch.equal(noise.draw(probabilities), expected)
+            assert torch.equal(torch.get_rng_state(), after)
+    assert 0 < len(calls) < 40  # most of about 70 draws were foreseen
+
+
+def test_what_cannot_be_drawn_from_is_refused_as_by_torch():
+    noise = SamplingNoise(LogitsProcessorList(), (1, VOCAB), CPU)
+    noise.begin()
+    noise.of_draw(0)
+    with pytest.raises(RuntimeError, match="probability tensor contains"):
+        noise.draw(torch.full((1, VOCAB), torch.nan))
+
+
 def test_without_noise_the_logits_stay_those_of_the_head():
     logits = torch.randn(1, 2, VOCAB)
     noise = SamplingNoise(LogitsProcessorList([TemperatureLogitsWarper(1e-6)]), (1, VOCAB), CPU)

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from fspad import acceptance
 from fspad.decoding_loop import DecodingLoop
 from fspad.head_source import HeadSource
+from fspad.sampling_noise import SamplingNoise
 
 aten = torch.ops.aten
 WAITS = {
@@ -70,6 +71,13 @@ def waits(monkeypatch):
         self.looks_between_levels = False
 
     monkeypatch.setattr(HeadSource, "__init__", init)
+    noise_init = SamplingNoise.__init__
+
+    def accelerator_noise(self, *args):
+        noise_init(self, *args)
+        self.is_reused = False
+
+    monkeypatch.setattr(SamplingNoise, "__init__", accelerator_noise)
     mode = Waits()
     for name in ("tolist", "cpu", "numpy"):  # these come by no dispatcher on a processor
         original = getattr(torch.Tensor, name)

@@ -1,0 +1,98 @@
+"""What calls with one head and one target learn from one another, beside what steps cost.
+
+Kept in memory as long as both live, never on disk. It decides how much is drafted, and so how fast a call begins, never
+what it returns.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from .calibration import Calibration
+from .lookup_source import LookupTrust
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .modeling_fspad import FSPADModel
+
+# Weight of a new observation: the rate is that of many steps, as answers come in bursts
+_RATE, _WORTH = 0.03, 0.15
+# Most steps between two looks at a head that was not worth its time
+_LONGEST_PAUSE = 32
+
+_lock = threading.Lock()
+_known: weakref.WeakKeyDictionary[FSPADModel, weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, Experience]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Experience:
+    """What was learned so far. Calls that run at once share it: an observation may get lost between them, no more."""
+
+    def __init__(self) -> None:
+        self.calibration = Calibration()
+        self.lookup_trust = LookupTrust()
+        # Of the last steps, as averages that start with nothing: only their ratio counts
+        self._tokens, self._seconds = 0.0, 0.0
+        # What asking the head has been worth, in tokens: where others had no good draft already, and where they had
+        self._worth = {False: math.inf, True: math.inf}
+        self._pause = {False: 0, True: 0}
+        self._next_pause = {False: 1, True: 1}
+
+    def observe_step(self, num_emitted: int, seconds: float) -> None:
+        """Take in what a step has brought.
+
+        Args:
+            num_emitted: Tokens that it emitted.
+            seconds: What steps of its size take.
+        """
+        self._tokens += _RATE * (num_emitted - self._tokens)
+        self._seconds += _RATE * (seconds - self._seconds)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of late; 0 before the first step."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def wants_head(self, has_others: bool) -> bool:
+        """Whether the head shall be asked: not while it pauses, as it was not worth its time lately.
+
+        Args:
+            has_others: Whether other sources have a good draft already.
+        """
+        if self._worth[has_others] <= 0 and self._pause[has_others] > 0:
+            self._pause[has_others] -= 1
+            return False
+        return True
+
+    def observe_head(self, has_others: bool, worth: float) -> None:
+        """Take in what it was worth to ask the head, and when to ask it again if it was not.
+
+        Args:
+            has_others: Whether other sources had a good draft already.
+            worth: In tokens, its time being taken off.
+        """
+        old = worth if math.isinf(self._worth[has_others]) else self._worth[has_others]
+        self._worth[has_others] = old + _WORTH * (worth - old)
+        if worth > 0:
+            self._next_pause[has_others] = 1
+        self._pause[has_others] = self._next_pause[has_others]
+        self._next_pause[has_others] = min(2 * self._next_pause[has_others], _LONGEST_PAUSE)
+
+
+def experience_of(head: FSPADModel, target: PreTrainedModel, is_sampled: bool) -> Experience:
+    """What earlier calls of this process have learned.
+
+    Args:
+        head: The head that drafts.
+        target: The model that verifies.
+        is_sampled: Whether tokens are drawn, and drafts with the same random numbers.
+    """
+    key = (target.dtype, target.device, is_sampled)
+    with _lock:
+        targets = _known.setdefault(head, weakref.WeakKeyDictionary())
+        return targets.setdefault(target, {}).setdefault(key, Experience())

@@ -1,0 +1,96 @@
+"""What calls learn from one another: the rate, when to ask the head, how far to trust it."""
+
+import gc
+
+import pytest
+import torch
+from comparing import generate
+from conftest import make_head, make_target
+
+from fspad import experience as module
+from fspad.automatic_size import AutomaticSize
+from fspad.experience import Experience, experience_of
+
+
+def test_rate_is_tokens_over_time_and_follows_what_is_seen():
+    experience = Experience()
+    assert experience.rate == 0
+    for _ in range(3):
+        experience.observe_step(1, 0.1)
+        experience.observe_step(5, 0.2)
+    # A mean of rates would be 17.5
+    assert experience.rate == pytest.approx(20, rel=0.03)
+    for _ in range(300):
+        experience.observe_step(1, 0.1)
+    assert experience.rate == pytest.approx(10, rel=0.01)
+
+
+def asked_in(experience, steps, worth):
+    asked = 0
+    for _ in range(steps):
+        if experience.wants_head(False):
+            asked += 1
+            experience.observe_head(False, worth)
+    return asked
+
+
+def test_a_head_that_is_not_worth_its_time_pauses_longer_and_longer_and_one_that_is_does_not():
+    experience = Experience()
+    assert asked_in(experience, 100, worth=-0.1) == 7
+    assert asked_in(experience, 100, worth=-0.1) == 3
+    assert experience.wants_head(True), "where others have a good draft was not tried yet"
+    asked_in(experience, 100, worth=2.0)
+    assert asked_in(experience, 100, worth=2.0) == 100
+
+
+def test_it_belongs_to_head_target_and_way_of_choosing():
+    target, other = make_target(), make_target()
+    head = make_head(target)
+    known = experience_of(head, target, False)
+    assert experience_of(head, target, False) is known
+    others = [
+        experience_of(*key) for key in ((head, target, True), (head, other, False), (make_head(target), target, False))
+    ]
+    assert all(experience is not known for experience in others)
+
+
+def test_nothing_is_kept_of_a_head_or_target_that_is_gone():
+    target = make_target()
+    head = make_head(target)
+    experience_of(head, target, False)
+    before = len(module._known)
+    del head
+    gc.collect()
+    assert len(module._known) < before
+    head = make_head(target)
+    experience_of(head, target, False)
+    del target
+    gc.collect()
+    assert len(module._known[head]) == 0
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_later_call_begins_with_what_earlier_ones_have_learned(do_sample, monkeypatch):
+    """A head that knows nothing costs a second answer less than the first, and no answer its text."""
+    target = make_target(vocab_size=97)
+    head = make_head(target, num_draft_tokens="auto", lookup=False)
+    asked, wants = [], AutomaticSize.wants_level
+
+    def counted(self, candidates, level, scores):
+        wanted = wants(self, candidates, level, scores)
+        asked.append(wanted and level == 0)
+        return wanted
+
+    monkeypatch.setattr(AutomaticSize, "wants_level", counted)
+    prompt, numbers = torch.tensor([[1, 2, 3, 4, 5]]), []
+    for seed in range(3):
+        asked.clear()
+        plain, ours = (
+            generate(target, prompt, assistant, seed=seed, max_new_tokens=100, do_sample=do_sample)
+            for assistant in (None, head)
+        )
+        assert torch.equal(plain.sequences, ours.sequences)
+        numbers.append(sum(asked))
+    experience = experience_of(head, target, do_sample)
+    assert experience.rate > 0
+    assert numbers[2] <= numbers[0]
