@@ -85,14 +85,16 @@ class Experience:
 
 
 def experience_of(head: FSPADModel, target: PreTrainedModel, is_sampled: bool) -> Experience:
-    """What earlier calls of this process have learned.
+    """What earlier calls of this process have learned, with the same options of drafting.
 
     Args:
         head: The head that drafts.
         target: The model that verifies.
         is_sampled: Whether tokens are drawn, and drafts with the same random numbers.
     """
-    key = (target.dtype, target.device, is_sampled)
+    config = head.config
+    drafting = (config.lookup, config.draft_depth, config.draft_top_k, config.draft_vocab_size)
+    key = (target.dtype, target.device, is_sampled, drafting)
     with _lock:
         targets = _known.setdefault(head, weakref.WeakKeyDictionary())
         return targets.setdefault(target, {}).setdefault(key, Experience())

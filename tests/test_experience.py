@@ -43,7 +43,7 @@ def test_a_head_that_is_not_worth_its_time_pauses_longer_and_longer_and_one_that
     assert asked_in(experience, 100, worth=2.0) == 100
 
 
-def test_it_belongs_to_head_target_and_way_of_choosing():
+def test_it_belongs_to_head_and_target_and_how_they_draft_and_choose():
     target, other = make_target(), make_target()
     head = make_head(target)
     known = experience_of(head, target, False)
@@ -51,6 +51,8 @@ def test_it_belongs_to_head_target_and_way_of_choosing():
     others = [
         experience_of(*key) for key in ((head, target, True), (head, other, False), (make_head(target), target, False))
     ]
+    head.config.lookup = not head.config.lookup
+    others.append(experience_of(head, target, False))
     assert all(experience is not known for experience in others)
 
 
