@@ -16,6 +16,8 @@ NUM_CONTINUATIONS = 2
 # how many observations that counts. From SmolLM2's answers to prompts of several tasks.
 PRIORS = {1: 0.2, 2: 0.5, 3: 0.57, 4: 0.65, 5: 0.75, 8: 0.85, 16: 0.93, 32: 0.96}
 PRIOR_WEIGHT = 4.0
+# Nothing is ever sure, whatever was seen
+LEAST_TRUST, MOST_TRUST = 0.005, 0.995
 # As how many observations all those of earlier calls count: texts differ
 CARRIED_WEIGHT = 8.0
 # The share of what the latest occurrence leaves that goes to the one before
@@ -88,7 +90,7 @@ class LookupTrust:
     def probability(self, n: int) -> float:
         """How probable the token after a match of n tokens is."""
         right, seen = self._counts[_class(n)]
-        return right / seen
+        return min(max(right / seen, LEAST_TRUST), MOST_TRUST)
 
     def learn(self, n: int, is_right: bool) -> None:
         """Take in whether the token after a match of n tokens was right."""

@@ -158,3 +158,17 @@ def test_a_later_call_trusts_what_was_right_in_earlier_ones_and_soon_learns_bett
     for _ in range(10):
         trust.learn(2, True)
     assert trust.probability(2) > 0.5
+
+
+@pytest.mark.parametrize("is_right", [False, True])
+def test_drafts_keep_a_probability_after_any_number_of_calls_of_one_kind(is_right):
+    trust = LookupTrust()
+    for _ in range(100_000):
+        trust.learn(2, is_right)
+        trust.learn(3, is_right)
+    source = LookupSource(trust)
+    # "1 2" went on in two ways
+    show(source, [1, 2, 3, 4, 8, 1, 2, 3, 7, 6, 1, 2])
+    (candidates,) = propose(source, max_depth=3)
+    assert len(candidates) == 6
+    assert all(-math.inf < score < 0 for score in candidates.scores[1:])
