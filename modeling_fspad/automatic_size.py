@@ -53,7 +53,7 @@ class AutomaticSize:
     def begin(self) -> None:
         """Nothing is drafted yet."""
         self._levels = 0
-        self._without_head: float | None = None
+        self._without_head: list[int] | None = None
         self._mass: float | None = None
 
     def wants_level(self, candidates: Candidates, level: int, scores: list[float] | None) -> bool:
@@ -77,8 +77,12 @@ class AutomaticSize:
             return ranking[: self.costs.trial - 1]
         num_nodes, worth = self._best(candidates, ranking)
         if self._without_head is not None:
-            worth -= self.rate * self.costs.draft(self._levels) + self._without_head
-            self.experience.observe_head(self._has_others, worth)
+            # What would have been verified without it, by what is known now
+            without = candidates.expected_tokens(self._without_head)[-1] + 1
+            without -= self.rate * self.costs.verify(len(self._without_head) + 1)
+            self.experience.observe_head(
+                self._has_others, worth - without - self.rate * self.costs.draft(self._levels)
+            )
         return ranking[:num_nodes]
 
     def end(self, num_nodes: int, num_emitted: int, draft_seconds: float, verify_seconds: float) -> None:
@@ -98,7 +102,7 @@ class AutomaticSize:
 
     def _wants_head(self, candidates: Candidates) -> bool:
         ranking = candidates.ranking()
-        without_head = self._best(candidates, ranking)[1]
+        without_head = ranking[: self._best(candidates, ranking)[0]]
         self._has_others = bool(ranking) and candidates.scores[ranking[0]] > math.log(0.5)
         if not self.experience.wants_head(self._has_others):
             return False
@@ -123,7 +127,7 @@ class AutomaticSize:
     def _best(self, candidates: Candidates, ranking: list[int]) -> tuple[int, float]:
         """How many of the best nodes to verify, and what the step is then worth."""
         expected = candidates.expected_tokens(ranking)
-        times = self.costs.verify_all(len(expected))
-        worth = [1 + tokens - self.rate * time for tokens, time in zip(expected, times, strict=True)]
+        times, rate = self.costs.verify_all(len(expected)), self.rate
+        worth = [1 + tokens - rate * time for tokens, time in zip(expected, times, strict=True)]
         best = max(range(len(worth)), key=worth.__getitem__)
         return best, worth[best]

@@ -5,6 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .agreement import Agreement
+
+# Probability that a source leaves to tokens it does not name, at least: rounding must not divide by zero
+_LEAST_LEFT = 0.01
 
 
 class Candidates:
@@ -22,6 +29,7 @@ class Candidates:
         self.parents = [0]
         self.scores = [0.0]
         self._nodes: dict[tuple[int, int], int] = {}
+        self._children: list[list[int]] = [[]]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -44,6 +52,8 @@ class Candidates:
             self.tokens.append(token)
             self.parents.append(parent)
             self.scores.append(score)
+            self._children.append([])
+            self._children[parent].append(node)
         elif score > self.scores[node]:
             self.scores[node] = score
         return node
@@ -51,6 +61,46 @@ class Candidates:
     def find(self, parent: int, token: int) -> int | None:
         """The child of a node that carries a token, if it was proposed."""
         return self._nodes.get((parent, token))
+
+    def pool(
+        self, parent: int, probabilities: dict[int, float], agreement: Agreement
+    ) -> list[tuple[int, float, float]]:
+        """Propose children of a node of which others may have been proposed before.
+
+        What is said of one token by both is pooled. The others share what the pool leaves, so that the probabilities of a
+        node's children never add up to more than its own.
+
+        Args:
+            parent: Index of their parent.
+            probabilities: Tokens, and how probable each is after the parent.
+            agreement: Pools.
+
+        Returns:
+            For each child that was there before: its token, its probability before, and what was said of it now.
+        """
+        score = self.scores[parent]
+        known = [node for node in self._children[parent] if self.scores[node] > -math.inf]
+        before = [math.exp(self.scores[node] - score) for node in known]
+        said = [probabilities.get(self.tokens[node], 0.0) for node in known]
+        pooled = [agreement.probability(*both) for both in zip(before, said, strict=True)]
+        too_much = max(1.0, sum(pooled))
+        for node, probability in zip(known, pooled, strict=True):
+            self._rescore(node, score + math.log(probability / too_much))
+        # What is left for the others, by what they had among themselves
+        share = max(0.0, 1 - sum(pooled) / too_much) / max(1 - sum(said), _LEAST_LEFT) if known else 1.0
+        for token, probability in probabilities.items():
+            if (parent, token) not in self._nodes:
+                left = min(1.0, share * probability)
+                self.add(parent, token, score + math.log(left) if left else -math.inf)
+        return [(self.tokens[node], *both) for node, both in zip(known, zip(before, said, strict=True), strict=True)]
+
+    def _rescore(self, node: int, score: float) -> None:
+        """Give a node another score, and its descendants theirs."""
+        change = score - self.scores[node]
+        descendants = [node]
+        for one in descendants:
+            self.scores[one] += change
+            descendants += self._children[one]
 
     def ranking(self) -> list[int]:
         """All proposed nodes, the most probable first.

@@ -6,11 +6,11 @@ what it returns.
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from .agreement import Agreement
 from .calibration import Calibration
 from .lookup_source import LookupTrust
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from .modeling_fspad import FSPADModel
 
 # Weight of a new observation: the rate is that of many steps, as answers come in bursts
-_RATE, _WORTH = 0.03, 0.15
+_RATE = 0.03
+# Of what the head was worth, where others had a good draft already and where they had none. Without it the step is then a
+# plain one, so that it takes many bad ones to believe that the head is of no use
+_WORTH = {True: 0.15, False: 0.03}
+_FIRST_WORTH = {True: 0.0, False: 0.15}
 # Most steps between two looks at a head that was not worth its time
 _LONGEST_PAUSE = 32
 
@@ -35,11 +39,12 @@ class Experience:
 
     def __init__(self) -> None:
         self.calibration = Calibration()
+        self.agreement = Agreement()
         self.lookup_trust = LookupTrust()
         # Of the last steps, as averages that start with nothing: only their ratio counts
         self._tokens, self._seconds = 0.0, 0.0
-        # What asking the head has been worth, in tokens: where others had no good draft already, and where they had
-        self._worth = {False: math.inf, True: math.inf}
+        # What asking the head has been worth, in tokens: where others had a good draft already, and where they had none
+        self._worth = dict(_FIRST_WORTH)
         self._pause = {False: 0, True: 0}
         self._next_pause = {False: 1, True: 1}
 
@@ -64,7 +69,7 @@ class Experience:
         Args:
             has_others: Whether other sources have a good draft already.
         """
-        if self._worth[has_others] <= 0 and self._pause[has_others] > 0:
+        if self._pause[has_others] > 0:
             self._pause[has_others] -= 1
             return False
         return True
@@ -76,12 +81,12 @@ class Experience:
             has_others: Whether other sources had a good draft already.
             worth: In tokens, its time being taken off.
         """
-        old = worth if math.isinf(self._worth[has_others]) else self._worth[has_others]
-        self._worth[has_others] = old + _WORTH * (worth - old)
-        if worth > 0:
-            self._next_pause[has_others] = 1
-        self._pause[has_others] = self._next_pause[has_others]
-        self._next_pause[has_others] = min(2 * self._next_pause[has_others], _LONGEST_PAUSE)
+        self._worth[has_others] += _WORTH[has_others] * (worth - self._worth[has_others])
+        if self._worth[has_others] > 0:
+            self._pause[has_others], self._next_pause[has_others] = 0, 1
+        else:
+            self._pause[has_others] = self._next_pause[has_others]
+            self._next_pause[has_others] = min(2 * self._next_pause[has_others], _LONGEST_PAUSE)
 
 
 def experience_of(head: FSPADModel, target: PreTrainedModel, is_sampled: bool) -> Experience:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from .experience import experience_of
 from .head_source import HeadSource
 from .hook import install_hook
 from .lookup_source import LookupSource
+from .packed_linear import copied
 from .plain_decoding import decode_plainly
 from .position_limits import position_table_length
 from .provenance import warn_of_another_target
@@ -267,10 +267,8 @@ def evaluating(head: nn.Module) -> nn.Module:
     if not any(module.training for module in head.modules()):
         return head
 
-    def copied(module: nn.Module) -> nn.Module:
-        other = copy.copy(module)
-        other._modules = {name: None if part is None else copied(part) for name, part in module._modules.items()}
-        other.training = False
-        return other
+    def evaluate(module: nn.Module) -> nn.Module:
+        module.training = False
+        return module
 
-    return copied(head)
+    return copied(head, evaluate)

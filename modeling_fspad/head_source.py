@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from .candidates import Candidates
 from .draft_size import DraftSize
 from .draft_source import DraftSource, Emitted
 from .experience import experience_of
+from .packed_linear import packed
 from .sampling_noise import SamplingNoise
 from .target import LMHead, embed_tokens
 from .tree_attention import additive_mask
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .modeling_fspad import FSPADModel
+
+# Laying out the weights for the processor takes as long as it saves in about so many runs
+RUNS_BEFORE_PACKING = 8
 
 
 @dataclass
@@ -95,15 +100,21 @@ class HeadSource(DraftSource):
         self.looks_between_levels = self.lm_head.device.type == "cpu"
         self.cache = DynamicCache()
         self.padding_mask: torch.Tensor | None = None
-        self.calibration = experience_of(head, target, noise is not None).calibration
+        experience = experience_of(head, target, noise is not None)
+        self.calibration, self.agreement = experience.calibration, experience.agreement
         self._pending: list[Emitted] = []
+        self._num_runs = 0
         self._drafted: list[list[tuple[int, int, int, float]]] = []
+        self._pooled: list[list[tuple[int, float, float]]] = []
 
     def extend(self, emitted: Emitted) -> None:
         """Judge the last draft, and keep what was emitted until the head is asked again, which then takes it in at once."""
         for drafted, token_ids in zip(self._drafted, emitted.token_ids, strict=False):
             self.calibration.learn(drafted, token_ids)
-        self._drafted = []
+        for pooled, token_ids in zip(self._pooled, emitted.token_ids, strict=False):
+            for token, before, said in pooled:
+                self.agreement.learn(before, said, token == token_ids[0])
+        self._drafted, self._pooled = [], []
         self._pending.append(emitted)
 
     def propose(self, candidates: list[Candidates], size: DraftSize, max_depth: int) -> None:
@@ -123,12 +134,27 @@ class HeadSource(DraftSource):
             frontier = self._next_level(nodes, frontier, level)
         self.cache.crop(-(frontier.visible.shape[-1] - frontier.visible.shape[1]))
         self._drafted = nodes.best(size.max_candidates)
-        for row, drafted in zip(candidates, self._drafted, strict=True):
-            numbers, depths = {-1: 0}, {-1: 0}
-            for index, token, parent, score in drafted:
-                depth = depths[index] = depths[parent] + 1
-                correction = self.calibration.correction(depth) if size.is_automatic else 0.0
-                numbers[index] = row.add(numbers[parent], token, score + correction)
+        self._pooled = [self._add(*both, size) for both in zip(candidates, self._drafted, strict=True)]
+
+    def _add(
+        self, row: Candidates, drafted: list[tuple[int, int, int, float]], size: DraftSize
+    ) -> list[tuple[int, float, float]]:
+        """Propose drafted nodes, and return what others have said of the root's children, and the head."""
+        numbers, depths, scores = {-1: 0}, {-1: 0}, {-1: 0.0}
+        children: dict[int, dict[int, int]] = {}
+        for index, token, parent, score in drafted:
+            depth = depths[index] = depths[parent] + 1
+            scores[index] = score + (self.calibration.correction(depth) if size.is_automatic else 0.0)
+            children.setdefault(parent, {})[token] = index
+        pooled = {}
+        for parent, tokens in children.items():
+            probabilities = {
+                token: math.exp(min(0.0, scores[index] - scores[parent])) if scores[index] > -math.inf else 0.0
+                for token, index in tokens.items()
+            }
+            pooled[parent] = row.pool(numbers[parent], probabilities, self.agreement)
+            numbers |= {index: row.find(numbers[parent], token) for token, index in tokens.items()}
+        return pooled.get(-1, [])
 
     def _is_wanted(
         self, candidates: list[Candidates], size: DraftSize, level: int, scores: torch.Tensor | None
@@ -223,6 +249,10 @@ class HeadSource(DraftSource):
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`predict` and `regress` of the head, on the device of the LM head, where drafts are scored and chosen."""
+        if self._num_runs == RUNS_BEFORE_PACKING:
+            self.head = packed(self.head)
+            self.lm_head.pack()
+        self._num_runs += 1
         device, dtype = self.head.device, self.head.dtype
         output = self.head(
             features=features.to(device=device, dtype=dtype),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .packed_linear import PackedLinear, can_pack
 from .target_config import check_decoder_only
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class LMHead:
         self.module = target.get_output_embeddings()
         self.device = device_of(self.module)
         self.token_ids = None
-        self.weight = self.bias = None
+        self.weight = self.bias = self.packed = None
         text_config = target.config.get_text_config(decoder=True)
         self.multiplier = _logit_multiplier(text_config)
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -135,6 +136,11 @@ class LMHead:
             if is_plain and not self.module.weight.is_meta:
                 self.weight = self.module.weight.detach()[self.token_ids]
                 self.bias = None if self.module.bias is None else self.module.bias.detach()[self.token_ids]
+
+    def pack(self) -> None:
+        """Lay out the rows of a trimmed vocabulary as a processor multiplies them, to draft with: gradients end there."""
+        if self.weight is not None and can_pack(self.weight):
+            self.packed = PackedLinear(self.weight, self.bias)
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features.
@@ -150,7 +156,9 @@ class LMHead:
         dtype = weight.dtype if has_floats else features.dtype
         # As one matrix: of three-dimensional views, a CPU would copy the weight for every product
         rows = features.to(device=self.device, dtype=dtype).reshape(-1, features.shape[-1])
-        if self.weight is not None:
+        if self.packed is not None:
+            logits = self.packed(rows)
+        elif self.weight is not None:
             logits = nn.functional.linear(rows, self.weight, self.bias)
         else:
             logits = self.module(rows)

@@ -10,6 +10,7 @@ from comparing import generate
 from conftest import make_head, make_target
 from drafters import tried
 
+from fspad.agreement import Agreement
 from fspad.automatic_size import AutomaticSize
 from fspad.candidates import Candidates
 from fspad.experience import Experience
@@ -101,7 +102,9 @@ def play(size, steps, probability, acceptance):
 
 
 def test_a_head_that_is_not_worth_its_time_is_asked_now_and_then_only():
-    assert play(AutomaticSize(tried(flat), Experience(), 4), 200, probability=0.01, acceptance=0.01) < 20
+    experience = Experience()
+    assert play(AutomaticSize(tried(flat), experience, 4), 200, probability=0.01, acceptance=0.01) < 50
+    assert play(AutomaticSize(tried(flat), experience, 4), 200, probability=0.01, acceptance=0.01) < 10
     assert play(AutomaticSize(tried(flat), Experience(), 4), 200, probability=0.6, acceptance=0.6) == 200
 
 
@@ -109,6 +112,32 @@ def test_a_head_that_gets_better_is_asked_again():
     size = AutomaticSize(tried(flat), Experience(), 4)
     play(size, 200, probability=0.01, acceptance=0.01)
     assert play(size, 200, probability=0.6, acceptance=0.6) > 120
+
+
+class Seen(Experience):
+    """Remembers what the head was worth."""
+
+    def observe_head(self, has_others, worth):
+        self.worth = worth
+
+
+def test_a_head_that_doubts_a_long_match_is_worth_what_is_not_verified_then():
+    """Also if it proposes nothing itself."""
+    experience = Seen()
+    size = AutomaticSize(tried(lambda nodes: 1 + 0.1 * nodes), experience, 4)
+    worths = []
+    for said in (1.0, 0.0):
+        size.begin()
+        candidates = Candidates(0)
+        node = 0
+        for depth in range(1, 7):
+            node = candidates.add(node, depth, depth * math.log(0.9))
+        assert size.choose(candidates), "what would be verified without the head"
+        assert size.wants_level(candidates, 0, None)
+        candidates.pool(0, {1: said}, Agreement())
+        size.choose(candidates)
+        worths.append(experience.worth)
+    assert worths[1] > worths[0] + 0.1
 
 
 def test_a_match_that_is_sure_leaves_nothing_for_the_head():

@@ -27,22 +27,34 @@ def test_rate_is_tokens_over_time_and_follows_what_is_seen():
     assert experience.rate == pytest.approx(10, rel=0.01)
 
 
-def asked_in(experience, steps, worth):
+def asked_in(experience, steps, worth, has_others=False):
     asked = 0
     for _ in range(steps):
-        if experience.wants_head(False):
+        if experience.wants_head(has_others):
             asked += 1
-            experience.observe_head(False, worth)
+            experience.observe_head(has_others, worth)
     return asked
 
 
-def test_a_head_that_is_not_worth_its_time_pauses_longer_and_longer_and_one_that_is_does_not():
+def test_where_others_have_a_good_draft_a_head_that_is_not_worth_its_time_pauses_longer_and_longer():
     experience = Experience()
-    assert asked_in(experience, 100, worth=-0.1) == 7
+    assert asked_in(experience, 100, worth=-0.1, has_others=True) == 7
+    assert asked_in(experience, 100, worth=-0.1, has_others=True) == 3
+    assert experience.wants_head(False), "where others have none was not tried yet"
+    asked_in(experience, 100, worth=2.0, has_others=True)
+    assert asked_in(experience, 100, worth=2.0, has_others=True) == 100
+
+
+def test_where_others_have_none_it_takes_many_bad_steps_for_a_head_to_pause():
+    experience = Experience()
+    assert asked_in(experience, 25, worth=-0.1) == 25
+    asked_in(experience, 100, worth=-0.1)
     assert asked_in(experience, 100, worth=-0.1) == 3
-    assert experience.wants_head(True), "where others have a good draft was not tried yet"
-    asked_in(experience, 100, worth=2.0)
-    assert asked_in(experience, 100, worth=2.0) == 100
+    # A good head has bad steps too, and does not pause for them
+    experience = Experience()
+    assert asked_in(experience, 100, worth=0.5) == 100
+    assert asked_in(experience, 20, worth=-0.5) == 20
+    assert asked_in(experience, 100, worth=0.5) > 90
 
 
 def test_it_belongs_to_head_and_target_and_how_they_draft_and_choose():
