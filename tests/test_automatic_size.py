@@ -124,7 +124,7 @@ class Seen(Experience):
 def test_a_head_that_doubts_a_long_match_is_worth_what_is_not_verified_then():
     """Also if it proposes nothing itself."""
     experience = Seen()
-    size = AutomaticSize(tried(lambda nodes: 1 + 0.1 * nodes), experience, 4)
+    size = AutomaticSize(tried(lambda nodes: 1 + 0.5 * nodes), experience, 4)
     worths = []
     for said in (1.0, 0.0):
         size.begin()
@@ -137,7 +137,7 @@ def test_a_head_that_doubts_a_long_match_is_worth_what_is_not_verified_then():
         candidates.pool(0, {1: said}, Agreement())
         size.choose(candidates)
         worths.append(experience.worth)
-    assert worths[1] > worths[0] + 0.1
+    assert worths[1] > worths[0] + 0.3
 
 
 def test_a_match_that_is_sure_leaves_nothing_for_the_head():
