@@ -18,7 +18,7 @@ class Candidates:
     """Proposed continuations of one row. Node 0 is the root, the last token already emitted, which is certain.
 
     The score of a node is the logarithm of its estimated probability that the target accepts it and all its ancestors. Of
-    equal (parent, token) pairs the larger score counts.
+    equal (parent, token) pairs that are added the larger score counts; those that are pooled share one.
 
     Args:
         root_token: The last emitted token.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +11,7 @@ from transformers import DynamicCache
 from .candidates import Candidates
 from .draft_size import DraftSize
 from .draft_source import DraftSource, Emitted
+from .drafted_nodes import DraftedNodes, Node, Opinions, propose_nodes
 from .experience import experience_of
 from .packed_linear import packed
 from .sampling_noise import SamplingNoise
@@ -36,37 +36,6 @@ class _Frontier:
     scores: torch.FloatTensor  # (batch, width), cumulative log-probabilities
     indices: torch.LongTensor  # (batch, width), among all drafted nodes
     visible: torch.BoolTensor  # (batch, width, rows drafted so far and this level), what each node attends to
-
-
-@dataclass
-class _Drafted:
-    """All nodes that were drafted, level by level. Indices count them; the root is not among them and has index -1."""
-
-    tokens: list[torch.LongTensor] = field(default_factory=list)  # (batch, nodes) each, as all of these
-    parents: list[torch.LongTensor] = field(default_factory=list)
-    scores: list[torch.FloatTensor] = field(default_factory=list)
-
-    def add_level(self, tokens: torch.LongTensor, parents: torch.LongTensor, scores: torch.FloatTensor) -> int:
-        """Add a level, and return the index of its first node."""
-        first = sum(level.shape[1] for level in self.tokens)
-        self.tokens.append(tokens)
-        self.parents.append(parents)
-        # A head that writes NaN drafts badly, but it must not break the tree
-        self.scores.append(scores.nan_to_num(nan=-torch.inf))
-        return first
-
-    def best(self, num_nodes: int) -> list[list[tuple[int, int, int, float]]]:
-        """Index, token, parent and score of the best nodes of each row, in the order they were drafted in.
-
-        Of equal scores the stable sort takes the earlier node, which is the parent: so the ancestors of each are there.
-        """
-        tokens, parents, scores = (torch.cat(levels, dim=1) for levels in (self.tokens, self.parents, self.scores))
-        ranking = scores.sort(dim=1, descending=True, stable=True).indices
-        kept = ranking[:, :num_nodes].sort(dim=1).values  # (batch, kept)
-        # In one piece, since each look at a tensor makes an accelerator wait
-        table = torch.stack([kept, tokens.gather(1, kept), parents.gather(1, kept)]).double()
-        table = torch.cat([table, scores.gather(1, kept).double()[None]]).permute(1, 2, 0).tolist()
-        return [[(int(i), int(token), int(parent), score) for i, token, parent, score in row] for row in table]
 
 
 class HeadSource(DraftSource):
@@ -104,8 +73,8 @@ class HeadSource(DraftSource):
         self.calibration, self.agreement = experience.calibration, experience.agreement
         self._pending: list[Emitted] = []
         self._num_runs = 0
-        self._drafted: list[list[tuple[int, int, int, float]]] = []
-        self._pooled: list[list[tuple[int, float, float]]] = []
+        self._drafted: list[list[Node]] = []
+        self._pooled: list[list[Opinions]] = []
 
     def extend(self, emitted: Emitted) -> None:
         """Judge the last draft, and keep what was emitted until the head is asked again, which then takes it in at once."""
@@ -124,37 +93,21 @@ class HeadSource(DraftSource):
         self._catch_up()
         if self.noise is not None:
             self.noise.begin()
-        nodes = _Drafted()
+        nodes = DraftedNodes()
         frontier = self._first_level(nodes)
         for level in range(1, max_depth):
             if not self._is_wanted(candidates, size, level, frontier.scores):
                 break
-            if self.looks_between_levels and not _can_improve(nodes, frontier.scores, size.max_candidates):
+            if self.looks_between_levels and not nodes.can_improve(frontier.scores, size.max_candidates):
                 break
             frontier = self._next_level(nodes, frontier, level)
         self.cache.crop(-(frontier.visible.shape[-1] - frontier.visible.shape[1]))
         self._drafted = nodes.best(size.max_candidates)
-        self._pooled = [self._add(*both, size) for both in zip(candidates, self._drafted, strict=True)]
-
-    def _add(
-        self, row: Candidates, drafted: list[tuple[int, int, int, float]], size: DraftSize
-    ) -> list[tuple[int, float, float]]:
-        """Propose drafted nodes, and return what others have said of the root's children, and the head."""
-        numbers, depths, scores = {-1: 0}, {-1: 0}, {-1: 0.0}
-        children: dict[int, dict[int, int]] = {}
-        for index, token, parent, score in drafted:
-            depth = depths[index] = depths[parent] + 1
-            scores[index] = score + (self.calibration.correction(depth) if size.is_automatic else 0.0)
-            children.setdefault(parent, {})[token] = index
-        pooled = {}
-        for parent, tokens in children.items():
-            probabilities = {
-                token: math.exp(min(0.0, scores[index] - scores[parent])) if scores[index] > -math.inf else 0.0
-                for token, index in tokens.items()
-            }
-            pooled[parent] = row.pool(numbers[parent], probabilities, self.agreement)
-            numbers |= {index: row.find(numbers[parent], token) for token, index in tokens.items()}
-        return pooled.get(-1, [])
+        calibration = self.calibration if size.is_automatic else None
+        self._pooled = [
+            propose_nodes(row, drafted, calibration, self.agreement)
+            for row, drafted in zip(candidates, self._drafted, strict=True)
+        ]
 
     def _is_wanted(
         self, candidates: list[Candidates], size: DraftSize, level: int, scores: torch.Tensor | None
@@ -188,7 +141,7 @@ class HeadSource(DraftSource):
         self.last_predict, self.last_regress = predict[:, -1:], regress[:, -1:]
         self.last_position = position_ids[:, -1:]
 
-    def _first_level(self, nodes: _Drafted) -> _Frontier:
+    def _first_level(self, nodes: DraftedNodes) -> _Frontier:
         tokens, scores = self._best_children(self.last_predict, 0)  # (batch, 1, top_k)
         tokens, scores = tokens[:, 0], scores[:, 0]
         nodes.add_level(tokens, torch.full_like(tokens, -1), scores)
@@ -201,7 +154,7 @@ class HeadSource(DraftSource):
             visible=torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1),
         )
 
-    def _next_level(self, nodes: _Drafted, frontier: _Frontier, level: int) -> _Frontier:
+    def _next_level(self, nodes: DraftedNodes, frontier: _Frontier, level: int) -> _Frontier:
         """Expand every node of the frontier, and make the best of the children the next frontier."""
         batch, width = frontier.tokens.shape
         embeds = embed_tokens(self.target, frontier.tokens)
@@ -284,14 +237,6 @@ class HeadSource(DraftSource):
         else:
             true_positions = self.padding_mask.bool()[:, None].expand(-1, width, -1).to(visible.device)
         return additive_mask(torch.cat([true_positions, visible], dim=-1), self.head.dtype)
-
-
-def _can_improve(nodes: _Drafted, scores: torch.Tensor, num_kept: int) -> bool:
-    """Whether descendants of nodes with these scores could be among the best of all: none scores above its ancestor."""
-    if sum(level.shape[1] for level in nodes.scores) < num_kept:
-        return True
-    worst_kept = torch.cat(nodes.scores, dim=1).topk(num_kept, dim=1).values[:, -1]
-    return bool((scores.amax(dim=1) > worst_kept).any())
 
 
 def _with_prompt(vocab_ids: torch.LongTensor | None, prompt_ids: torch.LongTensor) -> torch.LongTensor | None:

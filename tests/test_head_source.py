@@ -7,7 +7,6 @@ from drafters import CPU, NO_PROMPT, emitted, make_drafter
 from goldens import VARIANTS, load_golden
 
 import fspad
-from fspad import head_source
 from fspad.draft_size import FixedSize
 from fspad.drafting import Drafter
 from fspad.head_source import HeadSource
@@ -165,38 +164,6 @@ def test_levels_that_cannot_change_the_tree_are_not_drafted(monkeypatch):
             assert tree.parent_lists == whole_tree.parent_lists
             saved.append(all_levels - num_levels)
     assert sum(saved) > 0
-
-
-def two_levels(scores_1, scores_2, parents_2):
-    nodes = head_source._Drafted()
-    nodes.add_level(torch.tensor([[10, 11]]), torch.tensor([[-1, -1]]), torch.tensor([scores_1]))
-    tokens = torch.arange(20, 20 + len(scores_2))[None]
-    nodes.add_level(tokens, torch.tensor([parents_2]), torch.tensor([scores_2]))
-    return nodes
-
-
-def test_best_nodes_by_hand():
-    nodes = two_levels([-0.125, -2.0], [-0.5, -3.0, -2.5, -4.0], [0, 0, 1, 1])
-    # By score: 10 (-0.125), 20 (-0.5), 11 (-2.0), 22 (-2.5); in the order of the levels: 10, 11, 20, 22
-    assert nodes.best(4) == [[(0, 10, -1, -0.125), (1, 11, -1, -2.0), (2, 20, 0, -0.5), (4, 22, 1, -2.5)]]
-
-
-def test_a_child_that_ties_with_its_parent_never_replaces_it():
-    # 20 is certain after 11, so it scores what 11 scores; only one of the two fits
-    nodes = two_levels([-0.125, -0.25], [-0.25, -5.0, -5.0, -5.0], [1, 0, 0, 1])
-    assert nodes.best(2) == [[(0, 10, -1, -0.125), (1, 11, -1, -0.25)]]
-
-
-def test_only_nodes_above_the_worst_kept_can_have_descendants_in_the_tree():
-    nodes = two_levels([-0.1, -2.0], [-0.5, -3.0, -2.5, -4.0], [0, 0, 1, 1])
-
-    def can_improve(scores, num_kept):
-        return head_source._can_improve(nodes, torch.tensor([scores]), num_kept)
-
-    assert can_improve([-0.5, -2.5], 3)
-    assert not can_improve([-2.0], 3)  # a tie, which the earlier node wins
-    assert can_improve([-2.0], 4)
-    assert can_improve([-9.0], 7)  # there is room
 
 
 def test_a_head_that_writes_nan_drafts_a_tree_all_the_same():
