@@ -72,7 +72,8 @@ def test_probabilities_are_corrected_by_depth_before_they_are_pooled():
         calibration.learn([(0, 10, -1, math.log(0.25))], [10])
         calibration.learn([(0, 10, -1, math.log(0.25))], [9])
     propose_nodes(candidates, [(0, 10, -1, math.log(0.25))], calibration, Agreement())
-    assert math.exp(candidates.scores[1]) == pytest.approx(0.5, abs=0.05)
+    assert calibration.correction(1) > math.log(1.5)
+    assert candidates.scores[1] == pytest.approx(math.log(0.25) + calibration.correction(1))
 
 
 def test_impossible_nodes_stay_impossible():
