@@ -140,7 +140,7 @@ class LMHead:
     def pack(self) -> None:
         """Lay out the rows of a trimmed vocabulary as a processor multiplies them, to draft with: gradients end there."""
         if self.weight is not None and can_pack(self.weight):
-            self.packed = PackedLinear(self.weight, self.bias)
+            self.packed, self.weight = PackedLinear(self.weight, self.bias), None
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of features.
