@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fspad import FSPADConfig, FSPADModel
+from fspad.config_checks import shorten_names
 
+from .loading import damage_in_one_line
 from .smollm2 import quiet_loading
+from .source_checkpoint import DROPPED, layer_fields, load_weights, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,7 +26,6 @@ GATED_INPUT = {
     "fc.mlp.down_proj.weight": "feature_sampling.mlp.down_proj.weight",
 }
 PLAIN_INPUT = {"fc.weight": "feature_sampling.fc.weight", "fc.bias": "feature_sampling.fc.bias"}
-DROPPED = "embed_tokens.weight"  # a copy of the target's own embedding
 DRAFT_TO_TARGET = "d2t"  # the target's id of each draft token, minus the draft's own
 # What `config.json` may say beyond the layer itself; exported heads do.
 DRAFTING_FIELDS = (
@@ -39,42 +39,49 @@ DRAFTING_FIELDS = (
 )
 
 
-def is_head(source: Path) -> bool:
-    """Whether a folder holds an FSPAD head, by its `config.json`.
+def is_head(source: str, revision: str | None = None) -> bool:
+    """Whether a folder or repository holds an FSPAD head, by its `config.json`.
 
     Args:
-        source: The folder.
+        source: Folder or Hub id.
+        revision: Revision on the Hub.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it cannot be read.
     """
-    try:
-        return json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type") == "fspad"
-    except (OSError, ValueError, AttributeError):
-        return False
+    return read_config(source, revision).get("model_type") == "fspad"
 
 
-def convert_checkpoint(source: Path, destination: Path, target: str | None) -> FSPADModel:
-    """Convert a checkpoint folder and save the head.
+def convert_checkpoint(source: str, destination: Path, target: str | None, revision: str | None = None) -> FSPADModel:
+    """Convert a checkpoint and save the head.
 
     Args:
-        source: Folder with `config.json` and `model.safetensors` or `pytorch_model.bin`.
+        source: Folder or Hub id of a checkpoint with `config.json` and weights, see [`load_weights`].
         destination: Folder to write the head to; new or empty.
         target: Hub id or folder of the target; only its configuration is loaded.
+        revision: Revision of the checkpoint on the Hub.
 
     Returns:
         The head, as it was saved.
 
     Raises:
+        OSError: If there is no such checkpoint, or it lacks a file.
         ValueError: If the checkpoint is unreadable, is no FSPAD or EAGLE-1/2 head, or does not fit the target, or if
             there is no target.
-        FileNotFoundError: If the source folder lacks a file.
         FileExistsError: If the destination holds something already.
     """
     from transformers import AutoConfig
 
     check_destination(destination)
     if target is None:
-        raise ValueError(f"expected --target ID, the model that the checkpoint in {source} was trained for, got none")
-    source_config = load_source_config(source)
-    head = convert_state_dict(load_weights(source), source_config, AutoConfig.from_pretrained(target))
+        raise ValueError(f"expected --target ID, the model that the checkpoint {source} was trained for, got none")
+    config = read_config(source, revision)
+    layer_fields(config)  # before the weights, which may be large
+    with damage_in_one_line(f"the target {target}"):
+        # transformers makes a dictionary of `num_labels` names, whatever their number
+        target_config = AutoConfig.from_pretrained(target, num_labels=2, trust_remote_code=False)
+    head = convert_state_dict(load_weights(source, revision), config, target_config)
     with quiet_loading():
         head.save_pretrained(destination)
     return head
@@ -94,15 +101,16 @@ def check_destination(destination: Path) -> None:
 
 
 def convert_state_dict(
-    state_dict: dict[str, torch.Tensor], source_config: PreTrainedConfig, target_config: PreTrainedConfig
+    state_dict: dict[str, torch.Tensor], source_config: dict[str, Any], target_config: PreTrainedConfig
 ) -> FSPADModel:
     """Make the FSPAD head that computes the same function as a checkpoint.
 
-    The variant follows from the names and shapes of the weights. A missing bias of the input layer becomes zeros.
+    The variant, the attention heads and the biases follow from the names and shapes of the weights. A missing bias of the
+    input layer becomes zeros.
 
     Args:
         state_dict: The checkpoint's weights, with or without the prefix `model.`.
-        source_config: The checkpoint's configuration, of model type `llama`.
+        source_config: Contents of the checkpoint's `config.json`.
         target_config: The target's configuration. Vocabulary, special tokens and context length are taken from it.
 
     Returns:
@@ -112,41 +120,73 @@ def convert_state_dict(
         ValueError: If a weight is missing, unexpected, or of another shape than expected, or if hidden size or
             vocabulary differ from the target's.
     """
-    _check_sizes(source_config, target_config)
+    fields = layer_fields(source_config)
+    _check_sizes(fields, target_config)
     weights = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
     if len(weights) < len(state_dict):
         raise ValueError("some weights are there twice, with and without the prefix 'model.': remove one set")
-    weights.pop(DROPPED, None)
+    weights = {name: tensor for name, tensor in weights.items() if not DROPPED.fullmatch(name)}
     draft_to_target = weights.pop(DRAFT_TO_TARGET, None)
-    dtype = _common_dtype(weights)
-    is_gated = any(name in weights for name in GATED_INPUT)
-    has_bias = any(f"layers.0.self_attn.{letter}_proj.bias" in weights for letter in "qkvo")
-    down_proj = weights.get("layers.0.mlp.down_proj.weight")
-    hidden_size = source_config.hidden_size
-    config = FSPADConfig.from_target(
-        target_config,
-        **_layer_options(source_config),
-        **{name: value for name in DRAFTING_FIELDS if (value := getattr(source_config, name, None)) is not None},
-        attention_bias=has_bias,
-        feature_sampling=is_gated,
-        partial_alignment=down_proj is not None and down_proj.shape[:1] == (2 * hidden_size,),
-    )
-    # Biases that a checkpoint may leave out; zeros are the same function.
-    optional = {"fc.fc.bias" if is_gated else "fc.bias": torch.zeros(hidden_size, dtype=dtype)}
-    if has_bias:
-        optional["layers.0.self_attn.o_proj.bias"] = torch.zeros(hidden_size, dtype=dtype)
-    weights = {**optional, **weights}
-
+    config = _head_config(weights, fields, source_config, target_config)
     names = original_names(config)
-    _check_names(expected=set(names), got=set(weights))
+    # Biases that a checkpoint may leave out; zeros are the same function.
+    optional = {"fc.fc.bias", "fc.bias", "layers.0.self_attn.o_proj.bias"} & set(names)
+    _check_names(expected=set(names), got=set(weights) | optional)
+    dtype = _common_dtype(weights)
+    weights = {**{name: torch.zeros(config.hidden_size, dtype=dtype) for name in optional}, **weights}
+
     with torch.device("meta"):
         expected_shapes = {name: tensor.shape for name, tensor in FSPADModel(config).state_dict().items()}
     _check_shapes(weights, {name: expected_shapes[new_name] for name, new_name in names.items()})
     renamed = {names[name]: tensor for name, tensor in weights.items()}
     head = FSPADModel.from_pretrained(None, config=config, state_dict=renamed, dtype=dtype).eval()
     if draft_to_target is not None:
-        head.set_draft_vocabulary(draft_to_target.long() + torch.arange(draft_to_target.numel()))
+        head.set_draft_vocabulary(_draft_vocabulary(draft_to_target))
     return head
+
+
+def _head_config(
+    weights: dict[str, torch.Tensor],
+    fields: dict[str, Any],
+    source_config: dict[str, Any],
+    target_config: PreTrainedConfig,
+) -> FSPADConfig:
+    """The configuration of the head, from what the files say and what the weights show."""
+    hidden_size, heads = fields["hidden_size"], fields["num_attention_heads"]
+    rows = {letter: _rows(weights, f"layers.0.self_attn.{letter}_proj.weight") for letter in "qk"}
+    # Files leave out the key/value heads and the size of a head, and their model types have other defaults for them
+    head_dim = rows["q"] // heads or hidden_size // heads
+    down_rows = _rows(weights, "layers.0.mlp.down_proj.weight")
+    layer = {name: fields[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    layer |= {name: fields[name] for name in ("hidden_act", "rms_norm_eps", "rope_parameters")}
+    if fields["rope_parameters"]["rope_type"] == "dynamic":
+        # Dynamic RoPE scales from this length on, so the target's would change what the head computes.
+        layer["max_position_embeddings"] = fields["max_position_embeddings"]
+    return FSPADConfig.from_target(
+        target_config,
+        **layer,
+        **{name: value for name in DRAFTING_FIELDS if (value := source_config.get(name)) is not None},
+        head_dim=head_dim,
+        num_key_value_heads=max(1, rows["k"] // max(1, head_dim)),
+        attention_bias=any(f"layers.0.self_attn.{letter}_proj.bias" in weights for letter in "qkvo"),
+        feature_sampling=any(name in weights for name in GATED_INPUT),
+        partial_alignment=down_rows == 2 * hidden_size,
+    )
+
+
+def _rows(weights: dict[str, torch.Tensor], name: str) -> int:
+    weight = weights.get(name)
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else 0
+
+
+def _draft_vocabulary(draft_to_target: torch.Tensor) -> torch.Tensor:
+    """The token ids of a draft vocabulary, from what has to be added to its own."""
+    if draft_to_target.dim() != 1 or draft_to_target.is_floating_point():
+        raise ValueError(
+            f"expected the tensor {DRAFT_TO_TARGET} to hold one integer for each draft token, got "
+            f"{draft_to_target.dtype} of shape {tuple(draft_to_target.shape)}"
+        )
+    return draft_to_target.long() + torch.arange(draft_to_target.numel())
 
 
 def original_names(config: FSPADConfig) -> dict[str, str]:
@@ -165,83 +205,10 @@ def original_names(config: FSPADConfig) -> dict[str, str]:
     return fused | {f"layers.0.{name}": f"layer.{name}" for name in layer}
 
 
-def load_source_config(source: Path) -> PreTrainedConfig:
-    """Load the configuration of a checkpoint; RoPE settings may be in the old form.
-
-    Args:
-        source: The checkpoint's folder.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        FileNotFoundError: If there is no `config.json`.
-        ValueError: If it is not of model type `llama`.
-    """
-    from transformers import LlamaConfig, PreTrainedConfig
-
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source} holds no config.json: name the folder of an FSPAD or EAGLE-1/2 checkpoint")
-    fields, _ = PreTrainedConfig.get_config_dict(source)
-    if fields.get("model_type") != "llama":
-        raise ValueError(
-            f"expected a config.json with model_type 'llama', as the FSPAD and EAGLE-1/2 checkpoints have, got "
-            f"{fields.get('model_type')!r} in {source}"
-        )
-    return LlamaConfig.from_dict(fields)
-
-
-def load_weights(source: Path) -> dict[str, torch.Tensor]:
-    """Load the weights of a checkpoint without running any code it may hold.
-
-    Args:
-        source: The checkpoint's folder. `model.safetensors` goes before `pytorch_model.bin`.
-
-    Returns:
-        Tensors by name, on the CPU.
-
-    Raises:
-        FileNotFoundError: If there is neither file.
-        ValueError: If the file is damaged, holds more than tensors, or wants to run code.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    safe, pickled = source / "model.safetensors", source / "pytorch_model.bin"
-    try:
-        if safe.is_file():
-            return load_file(safe)
-        if pickled.is_file():
-            weights = torch.load(pickled, map_location="cpu", weights_only=True)
-            if isinstance(weights, dict) and all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-                return weights
-            raise ValueError(f"{pickled} holds no state dict: expected a dictionary of tensors by name")
-    except SafetensorError as error:
-        raise ValueError(f"{safe} is damaged or incomplete ({error}): download it again") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{pickled} is damaged or wants to run code while it is loaded; nothing of it was run. Expected a file "
-            "that holds tensors only: save the state dict as model.safetensors where you trust the file."
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{pickled} is damaged or incomplete: download it again") from error
-    raise FileNotFoundError(f"{source} holds neither {safe.name} nor {pickled.name}")
-
-
-def _layer_options(source_config: PreTrainedConfig) -> dict[str, object]:
-    fields = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
-    options = {name: getattr(source_config, name) for name in [*fields, "hidden_act", "rms_norm_eps"]}
-    options["rope_parameters"] = source_config.rope_parameters
-    if (source_config.rope_parameters or {}).get("rope_type") == "dynamic":
-        # Dynamic RoPE scales from this length on, so the target's would change what the head computes.
-        options["max_position_embeddings"] = source_config.max_position_embeddings
-    return options
-
-
-def _check_sizes(source_config: PreTrainedConfig, target_config: PreTrainedConfig) -> None:
+def _check_sizes(fields: dict[str, Any], target_config: PreTrainedConfig) -> None:
     text_config = target_config.get_text_config(decoder=True)
     for name in ("hidden_size", "vocab_size"):
-        got, expected = getattr(source_config, name), getattr(text_config, name)
+        got, expected = fields[name], getattr(text_config, name, None)
         if got != expected:
             raise ValueError(
                 f"the checkpoint does not fit the target: the checkpoint has {name}={got}, the target "
@@ -258,7 +225,7 @@ def _common_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
 
 def _check_names(expected: set[str], got: set[str]) -> None:
     if expected != got:
-        missing, unexpected = (", ".join(sorted(names)) or "none" for names in (expected - got, got - expected))
+        missing, unexpected = (shorten_names(names) if names else "none" for names in (expected - got, got - expected))
         raise ValueError(
             "the weights are not those of an FSPAD or EAGLE-1/2 head.\n"
             f"  missing: {missing}\n  unexpected: {unexpected}\nOther kinds of heads (EAGLE-3, Medusa) compute "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fspad
 from fspad.bench.machine import default_device, native_dtype
 from fspad.bench.questions import encode_dialogue
+from fspad.config_checks import shorten
 from fspad.provenance import as_hub_id, check_vocabulary, note_default_revision
 
 from .smollm2 import TARGET_NAME, load_smollm2, quiet_loading
@@ -20,6 +23,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHIPPED_HEAD = Path("examples", "heads", "smollm2-135m-instruct")
+
+
+@contextmanager
+def damage_in_one_line(what: str) -> Iterator[None]:
+    """Files of a model fail in any way while they are read; the command line says so in one line, whoever reads them.
+
+    Args:
+        what: What is read, for the message.
+
+    Raises:
+        ValueError: For any error that does not say by itself what is wrong.
+    """
+    try:
+        yield
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {shorten(str(error))}"
+        raise ValueError(f"{what} cannot be read, a file of it is damaged ({reason}). Download it again.") from error
 
 
 def load_target(name: str | None, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -35,9 +57,10 @@ def load_target(name: str | None, dtype: torch.dtype | None = None) -> tuple[Pre
     if name is None:
         target, tokenizer = load_smollm2(dtype)
     else:
-        with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        with quiet_loading(), damage_in_one_line(f"the target {name}"):
+            # The name may come from a head: nobody is asked at the terminal whether its code may run
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False)
         note_default_revision(target.config)
     return target.to(default_device()).eval(), tokenizer
 
@@ -71,32 +94,30 @@ def find_shipped_head() -> Path:
     )
 
 
-def load_head(name_or_path: str, dtype: torch.dtype | Literal["auto"]) -> fspad.FSPADModel:
+def load_head(
+    name_or_path: str, dtype: torch.dtype | Literal["auto"], revision: str | None = None
+) -> fspad.FSPADModel:
     """Load an FSPAD head.
 
     Args:
         name_or_path: Folder or Hub id.
         dtype: Dtype to run it in; "auto" for that of its weights.
+        revision: Revision on the Hub.
 
     Returns:
         The head in evaluation mode.
 
     Raises:
-        ValueError: If there is no model, or another kind of model.
+        ValueError: If there is no head, another kind of model, or a damaged file.
     """
     try:
-        with quiet_loading():
-            head = AutoModel.from_pretrained(name_or_path, dtype=dtype)
+        with quiet_loading(), damage_in_one_line(f"the head {name_or_path}"):
+            return fspad.FSPADModel.from_pretrained(name_or_path, dtype=dtype, revision=revision).eval()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no head could be loaded from {name_or_path!r}: expected a folder that `save_pretrained` wrote, or a Hub id. "
             f"transformers says: {error}"
         ) from error
-    if not isinstance(head, fspad.FSPADModel):
-        raise ValueError(
-            f"expected an FSPAD head (model_type 'fspad'), got {head.config.model_type!r}: {name_or_path}"
-        )
-    return head.eval()
 
 
 def load_pair(
@@ -147,9 +168,12 @@ def read_prompts(path: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            prompts.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            prompt = json.loads(line)["prompt"]
+            if not isinstance(prompt, str):
+                raise TypeError(f"a prompt of type {type(prompt).__name__}")
+        except (ValueError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f'{path}:{number}: expected {{"prompt": "..."}}, got {line[:80]!r}') from error
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f'{path} is empty: expected lines such as {{"prompt": "..."}}')
     return prompts

@@ -17,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
+# What is wrong can be said shorter, whatever a file holds
+MOST_MESSAGE = 4000
 
 bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
@@ -46,6 +48,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (FetchError, ImportError, OSError, ValueError) as error:
         message = "\n".join([f"Error: {error}", *getattr(error, "__notes__", ())])
+        message = message if len(message) <= MOST_MESSAGE else f"{message[:MOST_MESSAGE]} ..."
         typer.secho(message, fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
 
@@ -85,7 +88,10 @@ def demo(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of an FSPAD or EAGLE-1/2 checkpoint, or of an FSPAD head.")
+        str,
+        typer.Argument(
+            metavar="SRC", help="Folder or Hub id of an FSPAD or EAGLE-1/2 checkpoint, or of an FSPAD head."
+        ),
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the result.")],
     target: Annotated[
@@ -94,20 +100,22 @@ def convert(
             help="Hub id or folder of the target of a checkpoint; only its configuration is loaded. A head needs none."
         ),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of SRC on the Hub.")] = None,
 ) -> None:
     """Convert a checkpoint of the original FSPAD implementation or of EAGLE-1/2 into an FSPAD head, or a head back.
 
-    SRC holds config.json and model.safetensors or pytorch_model.bin. No code in it is ever run. Of an FSPAD head, DST
-    becomes the checkpoint that inference servers read: one Llama-style draft layer with the original weight names.
+    SRC holds config.json and weights, in safetensors or pickles, whole or in shards. No code in it is ever run. Of an
+    FSPAD head, DST becomes the checkpoint that inference servers read: one Llama-style draft layer with the original
+    weight names.
     """
     with one_line_errors():
         from .convert import convert_checkpoint, is_head
         from .server_layout import export_head
 
-        if is_head(source):
-            layout, config = "server layout, ", export_head(source, destination).config
+        if is_head(source, revision):
+            layout, config = "server layout, ", export_head(source, destination, revision).config
         else:
-            layout, config = "", convert_checkpoint(source, destination, target).config
+            layout, config = "", convert_checkpoint(source, destination, target, revision).config
     typer.echo(
         f"Saved to {destination}: {layout}feature_sampling={config.feature_sampling}, "
         f"partial_alignment={config.partial_alignment}, dtype={str(config.dtype).removeprefix('torch.')}."

@@ -221,11 +221,15 @@ def load_dialogues(path: str, streaming: bool = False) -> Dataset | IterableData
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be read.
     """
+    from fspad.trainer.dialogue_files import check_nesting
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if not Path(path).stat().st_size:
         raise ValueError(f"expected dialogues in {path}, got an empty file")
     builder = "parquet" if path.endswith(".parquet") else "json"
+    if builder == "json":
+        check_nesting(Path(path))
     return _load_dataset(path, builder, streaming, data_files=path, split="train")
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Template
 
 from fspad import FSPADConfig
+from fspad.provenance import as_hub_id
 from fspad.versions import OLDEST_TESTED
 
 from .measurement import Measurement, acceptance_table, results_table, shared_setup
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from fspad.trainer import FSPADTrainer
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+USE_TEMPLATE = Path(__file__).with_name("use_template.md")
+# Around the part of a card that says where the head is, so that a push can write it anew
+BEGIN_USE, END_USE = "<!-- how to use the head where it is -->", "<!-- end of how to use the head -->"
+_USE = re.compile(f"{re.escape(BEGIN_USE)}.*{re.escape(END_USE)}", re.DOTALL)
 TAGS = ("speculative-decoding", "draft-model", "fspad", "arxiv:2408.15562")
 
 
@@ -74,8 +81,8 @@ class FSPADModelCard:
         if self.path is not None and Path(self.path).is_absolute():
             raise ValueError(f"expected a path that holds on other machines, got {self.path!r}: make it relative.")
         recorded = self.head_config.target_model_name
-        if self.target is None and recorded is not None and _is_hub_id(recorded):
-            self.target = recorded
+        if self.target is None:
+            self.target = as_hub_id(recorded)
         # The recorded revision is one of the recorded target, and of no other.
         if self.target is not None and self.target_revision is None and self.target == recorded:
             self.target_revision = self.head_config.target_revision
@@ -101,6 +108,7 @@ class FSPADModelCard:
             # `None` as long as there is no repository; the arguments may lack the user's name.
             "repo_id": trainer.hub_model_id,
             "training": Training.from_trainer(trainer, dataset),
+            "datasets": hub_datasets(trainer.train_dataset),
         }
         # Of a target that came from the Hub, the very commit is known.
         is_recorded = trainer.target.config._name_or_path == recorded == known.get("target", recorded)
@@ -142,16 +150,22 @@ class FSPADModelCard:
             template_path=str(TEMPLATE),
             card=self,
             config=self.head_config,
+            use=self.use(),
             training_facts=training.facts(),
             evaluations_table=training.evaluations_table(),
             results_table=results_table(self.measurements),
             shared_setup=shared_setup(self.measurements),
             acceptance_table=acceptance_table(self.measurements),
-            oldest_transformers=".".join(map(str, OLDEST_TESTED)),
             plots=plots,
         )
         card.text += "\n"  # Jinja drops the newline at the end of a template
         return card
+
+    def use(self) -> str:
+        """The part of the card that says how to use the head where it is, between two comments."""
+        oldest = ".".join(map(str, OLDEST_TESTED))
+        text = Template(USE_TEMPLATE.read_text(encoding="utf-8")).render(card=self, oldest_transformers=oldest)
+        return f"{BEGIN_USE}\n\n{text}\n\n{END_USE}"
 
     def save(self, folder: str | Path) -> Path:
         """Write `README.md` and its plots into the folder of the head; `ModelCard.load` reads it again.
@@ -172,10 +186,31 @@ class FSPADModelCard:
         return path
 
 
-def _is_hub_id(name: str) -> bool:
-    """Whether a name that transformers recorded is a Hub id, and not the folder a target was loaded from."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
+def moved_card(text: str, head_config: FSPADConfig, repo_id: str, revision: str | None) -> str:
+    """A card with the part written anew that says where the head is.
+
+    Args:
+        text: The card, with its front matter.
+        head_config: Configuration of the head.
+        repo_id: Repository that the head is in now.
+        revision: Commit that the snippets pin.
+
+    Returns:
+        The card. One that was not made by [`FSPADModelCard`] has no such part and stays as it is.
+    """
+    if not _USE.search(text):
+        return text
+    target = ModelCard(text, ignore_metadata_errors=True).data.base_model
+    target = target if isinstance(target, str) else None
+    use = FSPADModelCard(head_config, repo_id=repo_id, revision=revision, target=target).use()
+    return _USE.sub(lambda _: use, text)
+
+
+def hub_datasets(dataset: Any) -> list[str]:
+    """The Hub ids of the datasets that a dataset was loaded from.
+
+    Args:
+        dataset: A dataset of `datasets`, or anything else, which has none.
+    """
+    sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or ()
+    return sorted({match[1] for source in sources if (match := re.match(r"hf://datasets/([^@]+)@", source))})

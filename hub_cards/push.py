@@ -17,30 +17,13 @@ from transformers.utils import logging
 import fspad
 from fspad import FSPADConfig
 
-from .model_card import FSPADModelCard
+from .model_card import FSPADModelCard, moved_card
+from .staging import HEAD_FILES, NOT_HEAD_FILES, name_repository, staged
 
 if TYPE_CHECKING:
     from fspad import FSPADModel
 
 logger = logging.get_logger(__name__)
-
-# What a repository of a head holds. All else stays at home, above all tokenizers, which are the target's, and pickles,
-# which nobody should have to load to see how a head was trained.
-HEAD_FILES = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.py",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-    "*.png",
-    "*.svg",
-    "adapter_config.json",
-    "training_args.json",
-)
-# The patterns above match in sub-folders too.
-NOT_HEAD_FILES = ("_*", "*/_*", "checkpoint-*", "last-checkpoint/*", "runs/*")
 
 # Seconds between attempts. Uploads of single files are tried again by huggingface_hub itself.
 WAITS = (1, 2, 4)
@@ -98,14 +81,16 @@ def push_folder(
 ) -> CommitInfo:
     """Push the folder of a saved head: first its files, then the card that pins them.
 
-    Connections that fail are tried again a few times. After a failure for good the folder is complete, and the error
-    tells how to go on; what has arrived is not sent again.
+    The head is loaded first, and its code is added if the folder lacks it, as that of a checkout does. Connections that
+    fail are tried again a few times. After a failure for good the folder is complete, and the error tells how to go on; what
+    has arrived is not sent again.
 
     Args:
         folder: The folder. Only what belongs to a head is pushed: no tokenizer, no checkpoints, no pickles.
         repo_id: Repository on the Hub, which is created if need be.
         card: The card, written to `README.md` with the repository and the commit of the files. By default the folder's
-            own, which is pushed as it is, or if it has none, one with what the head's configuration tells.
+            own, in which only the part that says where the head is is written anew (a card of your own has none, and is
+            pushed as it is), or if it has none, one with what the head's configuration tells.
         commit_message: Summary of the commit of the files; by default "Upload FSPAD head".
         commit_description: Description of the commit of the files.
         private: Whether a new repository is private; by default what the account prefers.
@@ -118,58 +103,83 @@ def push_folder(
 
     Raises:
         FileNotFoundError: If the folder has no `config.json`.
-        ValueError: If both `create_pr` and `revision` are given.
+        ValueError: If the head cannot be loaded, or both `create_pr` and `revision` are given.
         Exception: What huggingface_hub raises when it gives up, with a note how to go on.
     """
     folder = Path(folder)
     commit_message = commit_message or "Upload FSPAD head"
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(f"expected a saved head, got a folder without config.json: {folder}")
     if create_pr and revision is not None:
         raise ValueError(f"expected create_pr or a revision to push to, got both: drop revision={revision!r}.")
-    if card is None and not (folder / "README.md").is_file():
-        card = FSPADModelCard(FSPADConfig.from_pretrained(folder))
-    if card is not None:
-        card = replace(card, repo_id=repo_id, revision=None, path=None)
-        card.save(folder)
-    api = HfApi(library_name="fspad", library_version=fspad.__version__)
-    common = {"token": token}
-    try:
-        repo_id = _with_retries(api.create_repo, repo_id, private=private, exist_ok=True, **common).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            _with_retries(api.create_branch, repo_id, branch=revision, exist_ok=True, **common)
-        files = _with_retries(
-            api.upload_folder,
-            may_repeat=not create_pr,
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(HEAD_FILES),
-            ignore_patterns=["README.md", *NOT_HEAD_FILES],
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            **common,
-        )
-        if files.pr_revision is not None:
-            revision, create_pr = files.pr_revision, False
+    api = HfApi(library_name="fspad", library_version=fspad.__version__, token=token)
+    with staged(folder) as (copy, config):
+        if card is None and config is not None and not (copy / "README.md").is_file():
+            card = FSPADModelCard(config)
         if card is not None:
-            replace(card, repo_id=repo_id, revision=files.oid).save(folder)
-        _with_retries(
-            api.upload_file,
-            may_repeat=not create_pr,
-            repo_id=repo_id,
-            path_or_fileobj=folder / "README.md",
-            path_in_repo="README.md",
-            commit_message=f"{commit_message}: model card",
-            revision=revision,
-            create_pr=create_pr,
-            **common,
-        )
-    except Exception as error:
-        error.add_note(_how_to_go_on(folder, repo_id, private=private, revision=revision, create_pr=create_pr))
-        raise
+            card = _with_license_of_target(api, replace(card, repo_id=repo_id, revision=None, path=None))
+            for place in (folder, copy):
+                card.save(place)
+        try:
+            repo_id = _with_retries(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/"):
+                _with_retries(api.create_branch, repo_id, branch=revision, exist_ok=True)
+            where = {"repo_id": repo_id, "revision": revision, "create_pr": create_pr}
+            files = _upload_files(api, copy, where, commit_message, commit_description)
+            if files.pr_revision is not None:
+                revision, create_pr = files.pr_revision, False
+                where |= {"revision": revision, "create_pr": create_pr}
+            _upload_card(api, copy, config, where, files.oid, f"{commit_message}: model card")
+        except Exception as error:
+            error.add_note(_how_to_go_on(folder, repo_id, private=private, revision=revision, create_pr=create_pr))
+            raise
     return files
+
+
+def _upload_files(
+    api: HfApi, copy: Path, where: dict[str, Any], commit_message: str, commit_description: str | None
+) -> CommitInfo:
+    if (copy / "custom_generate").is_dir():
+        name_repository(copy, where["repo_id"])
+    return _with_retries(
+        api.upload_folder,
+        may_repeat=not where["create_pr"],
+        folder_path=copy,
+        allow_patterns=list(HEAD_FILES),
+        ignore_patterns=["README.md", *NOT_HEAD_FILES],
+        commit_message=commit_message,
+        commit_description=commit_description,
+        **where,
+    )
+
+
+def _upload_card(
+    api: HfApi, copy: Path, config: FSPADConfig | None, where: dict[str, Any], commit: str, commit_message: str
+) -> None:
+    if not (copy / "README.md").is_file():  # an adapter whose card was taken away
+        return
+    text = (copy / "README.md").read_text(encoding="utf-8")
+    if config is not None:
+        text = moved_card(text, config, where["repo_id"], commit)
+    _with_retries(
+        api.upload_file,
+        may_repeat=not where["create_pr"],
+        path_or_fileobj=text.encode(),
+        path_in_repo="README.md",
+        commit_message=commit_message,
+        **where,
+    )
+
+
+def _with_license_of_target(api: HfApi, card: FSPADModelCard) -> FSPADModelCard:
+    """The card with the license of the target, whose text a head was made from, if it has none and the Hub tells."""
+    if card.license is not None or card.target is None:
+        return card
+    try:
+        data = api.model_info(card.target, revision=card.target_revision).card_data
+    except (HfHubHTTPError, HTTPError, OSError):
+        return card
+    if not isinstance(license := getattr(data, "license", None), str):
+        return card
+    return replace(card, license=license, license_note=card.license_note or "That of the target.")
 
 
 def _with_retries(call: Callable[..., Any], *args: Any, may_repeat: bool = True, **kwargs: Any) -> Any:

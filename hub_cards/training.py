@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +108,7 @@ class Training:
         target_dtype: Dtype of the target, whose features the head learned from.
         saved_step: The step whose weights were kept, if not the last.
         evaluations: What was measured on the way.
+        evaluated_on: Which prompts tau was measured on there, in words.
     """
 
     dataset: str | None = None
@@ -121,6 +123,7 @@ class Training:
     target_dtype: str | None = None
     saved_step: int | None = None
     evaluations: Sequence[Evaluation] = ()
+    evaluated_on: str | None = None
 
     @classmethod
     def from_trainer(cls, trainer: FSPADTrainer, dataset: str | None = None) -> Training:
@@ -152,10 +155,15 @@ class Training:
                 "fspad": fspad.__version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
+                **{name: metadata.version(name) for name in ("accelerate", "datasets")},
             },
             target_dtype=str(trainer.target.dtype).removeprefix("torch."),
             saved_step=state.best_global_step if is_best else None,
             evaluations=read_evaluations(state.log_history),
+            evaluated_on=(
+                f"the first {args.num_eval_prompts} prompts of the evaluation data, which were not trained on unless they "
+                f"are in both, with at most {args.eval_max_new_tokens} new tokens each,"
+            ),
         )
 
     def facts(self) -> list[tuple[str, str]]:

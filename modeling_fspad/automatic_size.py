@@ -23,6 +23,8 @@ MAX_CANDIDATES = 48
 _KEPT = 0.6
 # Weight of a new observation
 _KEEPS = 0.06
+# Tokens that asking the head must bring beyond its time: no estimate is better than that
+_MARGIN = 0.05
 
 
 class AutomaticSize:
@@ -48,6 +50,7 @@ class AutomaticSize:
         self.depth = depth
         self.kept = _KEPT
         self._has_drafted = False
+        experience.begin_answer()
         self.begin()
 
     def begin(self) -> None:
@@ -55,6 +58,7 @@ class AutomaticSize:
         self._levels = 0
         self._without_head: list[int] | None = None
         self._mass: float | None = None
+        self._promise: float | None = None
 
     def wants_level(self, candidates: Candidates, level: int, scores: list[float] | None) -> bool:
         """Whether what a level can add is worth its time."""
@@ -75,14 +79,15 @@ class AutomaticSize:
         ranking = candidates.ranking()
         if self.costs.trial is not None:
             return ranking[: self.costs.trial - 1]
-        num_nodes, worth = self._best(candidates, ranking)
+        reliability = 1.0 if self._without_head is None else self.experience.reliability
+        num_nodes, worth = self._best(candidates, ranking, reliability)
         if self._without_head is not None:
+            self._promise = candidates.expected_tokens(ranking[:num_nodes])[-1]
             # What would have been verified without it, by what is known now
-            without = candidates.expected_tokens(self._without_head)[-1] + 1
+            without = 1 + reliability * candidates.expected_tokens(self._without_head)[-1]
             without -= self.rate * self.costs.verify(len(self._without_head) + 1)
-            self.experience.observe_head(
-                self._has_others, worth - without - self.rate * self.costs.draft(self._levels)
-            )
+            cost = self.rate * self.costs.draft(self._levels) + _MARGIN
+            self.experience.observe_head(self._has_others, worth - without - cost)
         return ranking[:num_nodes]
 
     def end(self, num_nodes: int, num_emitted: int, draft_seconds: float, verify_seconds: float) -> None:
@@ -91,6 +96,8 @@ class AutomaticSize:
         if self._levels and self._has_drafted:
             self.costs.observe_draft(self._levels, draft_seconds)
         self._has_drafted |= self._levels > 0
+        if self._promise is not None:
+            self.experience.observe_promise(self._promise, num_emitted - 1)
         self.costs.observe_verify(num_nodes, verify_seconds)
         if self.costs.trial is None:
             self.experience.observe_step(num_emitted, self.costs.verify(num_nodes) + self.costs.draft(self._levels))
@@ -124,10 +131,10 @@ class AutomaticSize:
     def _level_time(self) -> float:
         return self.costs.draft(2) - self.costs.draft(1)
 
-    def _best(self, candidates: Candidates, ranking: list[int]) -> tuple[int, float]:
+    def _best(self, candidates: Candidates, ranking: list[int], reliability: float = 1.0) -> tuple[int, float]:
         """How many of the best nodes to verify, and what the step is then worth."""
         expected = candidates.expected_tokens(ranking)
         times, rate = self.costs.verify_all(len(expected)), self.rate
-        worth = [1 + tokens - rate * time for tokens, time in zip(expected, times, strict=True)]
+        worth = [1 + reliability * tokens - rate * time for tokens, time in zip(expected, times, strict=True)]
         best = max(range(len(worth)), key=worth.__getitem__)
         return best, worth[best]

@@ -1,29 +1,34 @@
-"""Loading, saving and pushing heads, and what a checkpoint must hold before anything is allocated for it.
-
-transformers would allocate what `config.json` says and the weights lack, however much that is. So the headers of the
-weight files are read first, and compared with the configuration.
-"""
+"""How heads are loaded, saved and pushed. A head may come from anybody."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_utils import load_state_dict
 
+from .adapters import check_adapter, check_no_unnamed_adapter
+from .config_checks import shorten
 from .custom_generation import save_custom_generate
+from .weight_files import (
+    ONLY_SAFETENSORS,
+    check_draft_vocabulary,
+    check_folder,
+    check_names,
+    check_weight_files,
+    check_weights,
+)
 
 if TYPE_CHECKING:
     from .modeling_fspad import FSPADModel
 
-ONLY_SAFETENSORS = (
-    "Weights of FSPAD heads are read from safetensors files only; `fspad convert` turns checkpoints of other "
-    "implementations into heads, without running code that a pickle may hold."
-)
+# What a damaged file makes transformers and PEFT raise, beside errors that say what is wrong with it
+DAMAGE = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ZeroDivisionError)
+DAMAGE += (json.JSONDecodeError, UnicodeDecodeError)
 # What `save_pretrained` takes for `push_to_hub` and has no use for itself
 HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
@@ -48,14 +53,18 @@ class CheckpointMixin:
 
         Raises:
             OSError: If there are no safetensors files.
-            ValueError: If a value in `config.json` is out of its range, or the checkpoint lacks weights, has them in
-                other shapes, or holds some that the head has no place for.
+            ValueError: If a file is damaged, a value in `config.json` is out of its range, the checkpoint lacks weights, has
+                them in other shapes, or holds some that the head has no place for, or an adapter lies beside it that
+                nobody has named.
         """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         check_folder(name, kwargs.get("subfolder", ""))
+        check_no_unnamed_adapter(name, kwargs)
         kwargs["use_safetensors"] = True
         try:
             head, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except DAMAGE as error:
+            raise _damaged("head", name, error) from error
         except OSError as error:
             if "model.safetensors" in str(error):
                 raise OSError(f"{error} {ONLY_SAFETENSORS}") from error
@@ -82,6 +91,33 @@ class CheckpointMixin:
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+
+    def load_adapter(self, peft_model_id: str | os.PathLike | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Load a LoRA of the head's linear layers.
+
+        Args:
+            peft_model_id: Folder or Hub id of the adapter. Its files may come from anybody, so no patterns in them are
+                evaluated, and rank, names and shapes are checked before anything is allocated.
+            *args: As in `load_adapter` of transformers.
+            **kwargs: As in `load_adapter` of transformers.
+
+        Returns:
+            The loading report.
+
+        Raises:
+            OSError: If there is no such adapter, or its weights are not in a safetensors file.
+            ValueError: If it is no plain LoRA, or does not fit the head.
+        """
+        load_config = kwargs.get("load_config")
+        source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+        if source is not None and kwargs.get("peft_config") is None:
+            check_folder(source)
+            loading = kwargs.get("download_kwargs") or getattr(load_config, "download_kwargs", None) or {}
+            check_adapter(self, source, {**loading, **(kwargs.get("adapter_kwargs") or {}), **kwargs})
+        try:
+            return super().load_adapter(peft_model_id, *args, **kwargs)
+        except DAMAGE as error:
+            raise _damaged("adapter", source, error) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save config, weights (safetensors) and the code files that `trust_remote_code=True` loads.
@@ -131,112 +167,6 @@ class CheckpointMixin:
         return importlib.import_module(".hub_cards", __package__).push_head(self, repo_id, **kwargs)
 
 
-def check_folder(name: str | os.PathLike | None, subfolder: str) -> None:
-    """Refuse a folder with weights in a layout for which transformers allocates before it reads.
-
-    Args:
-        name: Folder or Hub id of the head.
-        subfolder: Where in it the head is.
-
-    Raises:
-        ValueError: If the folder holds a distributed checkpoint.
-    """
-    folder = "" if name is None else os.path.join(name, subfolder)
-    shards = [file for file in os.listdir(folder) if file.startswith("shard-")] if os.path.isdir(folder) else []
-    if shards:
-        raise ValueError(
-            f"expected a head with its weights in model.safetensors, got a distributed checkpoint ({shards[0]}, ...) in "
-            f"{folder}: save the head as a whole."
-        )
-
-
-def check_weight_files(files: list[str], folder: str | os.PathLike | None) -> None:
-    """Check that weight files, whose names an index may have listed, are safetensors and lie where the head lies.
-
-    Args:
-        files: Paths of the weight files.
-        folder: Folder or Hub id of the head.
-
-    Raises:
-        ValueError: If one of them is of another kind, or outside of the head's folder.
-    """
-    for file in map(os.fspath, files):
-        if not file.endswith(".safetensors"):
-            raise ValueError(f"expected weights in safetensors files, got {file}. {ONLY_SAFETENSORS}")
-        if folder is not None and os.path.isdir(folder):
-            root = os.path.abspath(folder)
-            if os.path.commonpath([root, os.path.abspath(file)]) != root:
-                raise ValueError(f"expected weights inside of {root}, got {file}: the head's index points elsewhere.")
-
-
-def check_weights(model: FSPADModel, state_dict: dict[str, torch.Tensor] | None, files: list[str] | None) -> None:
-    """Check that a checkpoint holds the weights that its configuration implies, by names and shapes only.
-
-    Args:
-        model: The head, not yet loaded.
-        state_dict: Its weights, if they are in memory.
-        files: The safetensors files that hold them otherwise.
-
-    Raises:
-        ValueError: If weights are missing, unknown, of another shape, or integers instead of floats or the reverse.
-    """
-    # Of the configuration and not of the model, whose layers a quantization may have replaced
-    with torch.device("meta"):
-        expected = type(model)(model.config).state_dict()
-    if state_dict is None:
-        state_dict = {}
-        for file in files or ():
-            state_dict.update(load_state_dict(file, map_location="meta"))
-    check_names(set(expected) - set(state_dict), set(state_dict) - set(expected))
-    wrong = [
-        f"{name} is {_describe(state_dict[name])} instead of {_describe(tensor)}"
-        for name, tensor in expected.items()
-        if _describe(state_dict[name]) != _describe(tensor)
-    ]
-    if wrong:
-        raise ValueError(
-            f"the checkpoint does not match its config.json: {'; '.join(wrong)}. Download it again; if config.json was "
-            "edited, restore it."
-        )
-
-
-def check_names(missing: set[str], unknown: set[str]) -> None:
-    """Check that a checkpoint holds all weights of a head and no others.
-
-    Args:
-        missing: Names of weights that the checkpoint lacks.
-        unknown: Names of weights that the head has no place for; a draft vocabulary may be turned off while loading.
-
-    Raises:
-        ValueError: If there are any.
-    """
-    unknown = unknown - {"draft_vocab_ids"}
-    if missing or unknown:
-        raise ValueError(
-            f"the checkpoint does not match its config.json: missing weights {sorted(missing)}, unknown weights "
-            f"{sorted(unknown)}. Download it again, or convert checkpoints of other implementations with `fspad convert`."
-        )
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{'floats' if tensor.is_floating_point() else 'integers'} of shape {tuple(tensor.shape)}"
-
-
-def check_draft_vocabulary(token_ids: torch.Tensor, vocab_size: int) -> None:
-    """Check the tokens that a head scores.
-
-    Args:
-        token_ids: Token ids of shape `(draft_vocab,)`.
-        vocab_size: Vocabulary size of the target.
-
-    Raises:
-        ValueError: If there is none, or an id is negative, outside of the vocabulary, or there twice.
-    """
-    unique = token_ids.unique()
-    if unique.numel() == 0:
-        raise ValueError("a draft vocabulary holds at least one token id, got none")
-    if unique.numel() != token_ids.numel() or unique[0] < 0 or unique[-1] >= vocab_size:
-        raise ValueError(
-            f"a draft vocabulary holds distinct token ids from 0 to {vocab_size - 1}, got "
-            f"{token_ids.numel()} ids, {unique.numel()} of them distinct, from {unique[0]} to {unique[-1]}"
-        )
+def _damaged(what: str, name: str | os.PathLike | None, error: Exception) -> ValueError:
+    reason = f"{type(error).__name__}: {shorten(str(error))}"
+    return ValueError(f"no {what} can be loaded from {name}: a file is damaged ({reason}). Download it again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reprlib import Repr
 from typing import Any
 
 # Far beyond every known model, and small enough that nothing is allocated or computed without bound.
@@ -28,6 +29,14 @@ REQUIRED_BY_ROPE_TYPE = {
 # What transformers fills in when it is missing, but not when it is null
 NEVER_NULL = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+MOST_TOKEN_IDS = 64
+MOST_ROPE_PARAMETERS = 32
+MOST_CLASSES = 16
+
+# Of a value that may be of any size, without looking at all of it
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+_REPR.maxlevel = _REPR.maxdict = _REPR.maxlist = 3
 
 
 def check_integer(name: str, value: Any, at_least: int, at_most: int) -> None:
@@ -103,6 +112,8 @@ def check_token_ids(name: str, value: Any, may_be_several: bool = False) -> None
     """
     if value is None:
         return
+    if may_be_several and isinstance(value, list) and len(value) > MOST_TOKEN_IDS:
+        raise ValueError(f"{name} must be at most {MOST_TOKEN_IDS} token ids, got {len(value)}")
     for token_id in value if may_be_several and isinstance(value, list) else [value]:
         check_integer(name, token_id, at_least=-(2**31), at_most=2**31 - 1)
 
@@ -134,6 +145,8 @@ def check_rope_parameters(rope: Any, head_dim: int) -> None:
         return
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters must be a dictionary, got {shorten(rope)}")
+    if len(rope) > MOST_ROPE_PARAMETERS:
+        raise ValueError(f"rope_parameters must be at most {MOST_ROPE_PARAMETERS} values, got {len(rope)}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in REQUIRED_BY_ROPE_TYPE:
         raise ValueError(f"rope_type must be one of {', '.join(REQUIRED_BY_ROPE_TYPE)}, got {shorten(rope_type)}")
@@ -170,7 +183,7 @@ def _check_rope_parameter(name: str, value: Any, head_dim: int) -> None:
         check_flag(label, value)
     elif name == "partial_rotary_factor":
         check_number(label, value, at_least=1, at_most=1)
-    elif isinstance(value, dict):
+    elif isinstance(value, dict | list):
         raise ValueError(f"{label} must be one value for the head's one layer, got {shorten(value)}")
 
 
@@ -181,12 +194,36 @@ def check_auto_map(value: Any) -> None:
         value: Names of classes by names of auto classes, or `None`.
 
     Raises:
-        ValueError: If it is no dictionary of strings.
+        ValueError: If it is no small dictionary of strings, or the code is to come from another repository, whose
+            revision nobody has pinned.
     """
     if value is None:
         return
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
-        raise ValueError(f"auto_map must be a dictionary of strings, got {shorten(value)}")
+    is_small = isinstance(value, dict) and len(value) <= MOST_CLASSES
+    if not is_small or not all(isinstance(name, str) for name in value.values()):
+        raise ValueError(f"auto_map must be a dictionary of at most {MOST_CLASSES} strings, got {shorten(value)}")
+    for name in value.values():
+        if "--" in name:
+            raise ValueError(
+                f"auto_map must name code that lies beside the head, got {shorten(name)} of another repository: ask for a "
+                "head that carries its own code"
+            )
+
+
+def check_architectures(value: Any) -> None:
+    """Check the names of the classes that a configuration was saved with.
+
+    Args:
+        value: Names of classes, or `None`.
+
+    Raises:
+        ValueError: If it is no short list of strings.
+    """
+    if value is None:
+        return
+    is_short = isinstance(value, list) and len(value) <= MOST_CLASSES
+    if not is_short or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"architectures must be a list of at most {MOST_CLASSES} class names, got {shorten(value)}")
 
 
 def shorten(value: Any) -> str:
@@ -195,5 +232,16 @@ def shorten(value: Any) -> str:
     Args:
         value: Any value.
     """
-    text = repr(value[:50] if isinstance(value, str | list) else value)
+    text = _REPR.repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def shorten_names(names: set[str]) -> str:
+    """Names for a message: of many the first ones, and how many there are.
+
+    Args:
+        names: The names.
+    """
+    shown = sorted(names)[:8]
+    more = f", ... ({len(names)} in all)" if len(names) > len(shown) else ""
+    return f"[{', '.join(map(shorten, shown))}{more}]"

@@ -1,6 +1,6 @@
 """Configuration of an FSPAD head."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .versions import check_transformers_version
 
@@ -13,6 +13,7 @@ from transformers.utils import logging  # noqa: E402
 
 from .config_checks import (  # noqa: E402
     MOST,
+    check_architectures,
     check_auto_map,
     check_dtype,
     check_flag,
@@ -22,6 +23,7 @@ from .config_checks import (  # noqa: E402
     check_text,
     check_token_ids,
     shorten,
+    shorten_names,
 )
 from .provenance import target_id, target_revision  # noqa: E402
 from .target_config import (  # noqa: E402
@@ -30,6 +32,10 @@ from .target_config import (  # noqa: E402
     first_int,
     flat_rope_parameters,
 )
+
+if TYPE_CHECKING:
+    # Heads of one configuration and different code are told apart by the files that this one names, so by all of them
+    from .modeling_fspad import FSPADModel  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -131,8 +137,9 @@ class FSPADConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "FSPADConfig | tuple[FSPADConfig, dict]":
         """Make a configuration from the contents of a `config.json`, which may come from anybody.
 
-        Only the fields of a head are taken over, and a missing dtype is float32. What else such a file can say to transformers (an attention kernel of
-        the Hub, other weight files, quantization, methods overwritten by values) is left out with a warning.
+        Only the fields of a head are taken over, and a missing dtype is float32. What else such a file can say to
+        transformers (an attention kernel of the Hub, other weight files, quantization, methods overwritten by values) is
+        left out with a warning.
 
         Args:
             config_dict: The contents of the file.
@@ -146,17 +153,18 @@ class FSPADConfig(PreTrainedConfig):
         """
         if not isinstance(config_dict, dict):
             raise ValueError(f"expected a config.json that holds a dictionary, got {shorten(config_dict)}")
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            got = shorten(config_dict["model_type"])
+            raise ValueError(f"expected the config.json of an FSPAD head (model_type 'fspad'), got model_type {got}")
         fields = {*cls.__annotations__, *_FIELDS_OF_TRANSFORMERS}
-        if left_out := sorted(str(name) for name in config_dict if name not in {*fields, "model_type"}):
-            logger.warning_once(f"Fields of config.json that an FSPAD head does not have are left out: {left_out}.")
+        if left_out := {str(name) for name in config_dict if name not in {*fields, "model_type"}}:
+            logger.warning_once(
+                f"Fields of config.json that an FSPAD head does not have are left out: {shorten_names(left_out)}."
+            )
         config_dict = {name: value for name, value in config_dict.items() if name in fields}
         for name in ("transformers_version", "_commit_hash"):
             check_text(name, config_dict.get(name))
-        architectures = config_dict.get("architectures")
-        if architectures is not None and not (
-            isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
-        ):
-            raise ValueError(f"architectures must be a list of class names, got {shorten(architectures)}")
+        check_architectures(config_dict.get("architectures"))
         check_auto_map(config_dict.get("auto_map"))
         if config_dict.get("dtype") is None and config_dict.get("torch_dtype") is None:
             # Otherwise transformers would look for it in the weight files before their kind is known

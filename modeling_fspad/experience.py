@@ -25,6 +25,10 @@ _RATE = 0.03
 # plain one, so that it takes many bad ones to believe that the head is of no use
 _WORTH = {True: 0.15, False: 0.03}
 _FIRST_WORTH = {True: 0.0, False: 0.15}
+# What it is worth at least when an answer begins: the last text may have been one that it drafts badly
+_NEW_TEXT_WORTH = {True: 0.0, False: 0.03}
+# Of how many drafts of the head were accepted, beside how many were expected
+_KEPT_PROMISE = 0.02
 # Most steps between two looks at a head that was not worth its time
 _LONGEST_PAUSE = 32
 
@@ -47,6 +51,13 @@ class Experience:
         self._worth = dict(_FIRST_WORTH)
         self._pause = {False: 0, True: 0}
         self._next_pause = {False: 1, True: 1}
+        self._promised = self._accepted = 1.0
+
+    def begin_answer(self) -> None:
+        """Ask the head anew, whatever it was worth on other texts."""
+        for has_others, least in _NEW_TEXT_WORTH.items():
+            self._worth[has_others] = max(self._worth[has_others], least)
+            self._pause[has_others], self._next_pause[has_others] = 0, 1
 
     def observe_step(self, num_emitted: int, seconds: float) -> None:
         """Take in what a step has brought.
@@ -62,6 +73,24 @@ class Experience:
     def rate(self) -> float:
         """Tokens per second of late; 0 before the first step."""
         return self._tokens / self._seconds if self._seconds else 0.0
+
+    def observe_promise(self, expected: float, accepted: int) -> None:
+        """Take in what a draft of the head has brought.
+
+        Args:
+            expected: Accepted drafts that were expected of it.
+            accepted: Those that there were.
+        """
+        self._promised += _KEPT_PROMISE * (expected - self._promised)
+        self._accepted += _KEPT_PROMISE * (accepted - self._accepted)
+
+    @property
+    def reliability(self) -> float:
+        """Accepted drafts by expected ones, of steps with the head.
+
+        The best of many estimates are too good, however right each is on average.
+        """
+        return min(1.0, self._accepted / self._promised)
 
     def wants_head(self, has_others: bool) -> bool:
         """Whether the head shall be asked: not while it pauses, as it was not worth its time lately.
@@ -84,9 +113,10 @@ class Experience:
         self._worth[has_others] += _WORTH[has_others] * (worth - self._worth[has_others])
         if self._worth[has_others] > 0:
             self._pause[has_others], self._next_pause[has_others] = 0, 1
-        else:
-            self._pause[has_others] = self._next_pause[has_others]
-            self._next_pause[has_others] = min(2 * self._next_pause[has_others], _LONGEST_PAUSE)
+            return
+        self._pause[has_others] = self._next_pause[has_others]
+        # Where it pays now and then it is looked at often, so that it is not long believed to be of no use
+        self._next_pause[has_others] = 1 if worth > 0 else min(2 * self._next_pause[has_others], _LONGEST_PAUSE)
 
 
 def experience_of(head: FSPADModel, target: PreTrainedModel, is_sampled: bool) -> Experience:

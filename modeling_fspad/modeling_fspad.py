@@ -26,11 +26,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
-from .checkpoint import CheckpointMixin, check_draft_vocabulary
+from .checkpoint import CheckpointMixin
 from .configuration_fspad import FSPADConfig
 from .generation_fspad import AssistedDecodingMixin
 from .hook import install_hook
 from .target import check_target, device_of
+from .weight_files import check_draft_vocabulary
 
 
 @dataclass

@@ -1,12 +1,15 @@
 """Tiny random targets and heads that every test can build in milliseconds."""
 
+import json
 import random
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
 from hub_server import TOKEN, HubServer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fspad
 from fspad.draft_source import DraftSource
@@ -23,7 +26,11 @@ def hub(monkeypatch, tmp_path_factory):
     """A stand-in of the Hub that this process uses too."""
     with HubServer() as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         monkeypatch.setattr("fspad.hub_cards.push.WAITS", (0, 0, 0))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -97,6 +104,23 @@ def make_head(target, seed: int = 0, **overrides):
     return fspad.FSPADModel.from_target(target, config)
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {% generation %}{{ m['content'] }}{% endgeneration %} ; {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of 97 words for `make_target`, with a chat template."""
+    words = ["<unk>", "<eos>", "user", "assistant", ":", ";"]
+    vocab = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(97 - len(words)))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
 class FutureSource(DraftSource):
     """Proposes the true continuation to a random depth, among distractors: random heads rarely get that far.
 
@@ -140,3 +164,31 @@ def know_the_future(head, sequence: torch.Tensor, seed: int) -> None:
         return [FutureSource(sequence, seed, chain=top_k == 1)]
 
     head.draft_sources = draft_sources
+
+
+@pytest.fixture(scope="session")
+def saved_head(tmp_path_factory) -> Path:
+    """A saved head, not to be changed."""
+    folder = tmp_path_factory.mktemp("saved") / "head"
+    make_head(make_target(), draft_vocab_size=20).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def head_folder(saved_head, tmp_path) -> Path:
+    """A copy of a saved head, to be changed; without code files."""
+    folder = tmp_path / "head"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((saved_head / name).read_bytes())
+    return folder
+
+
+def edit_json(file: Path, **fields) -> None:
+    """Change fields of a JSON file.
+
+    Args:
+        file: The file.
+        **fields: New values.
+    """
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))

@@ -105,6 +105,7 @@ class HubServer:
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(cache),
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1",

@@ -104,7 +104,7 @@ def play(size, steps, probability, acceptance):
 def test_a_head_that_is_not_worth_its_time_is_asked_now_and_then_only():
     experience = Experience()
     assert play(AutomaticSize(tried(flat), experience, 4), 200, probability=0.01, acceptance=0.01) < 50
-    assert play(AutomaticSize(tried(flat), experience, 4), 200, probability=0.01, acceptance=0.01) < 10
+    assert play(AutomaticSize(tried(flat), experience, 4), 200, probability=0.01, acceptance=0.01) < 20
     assert play(AutomaticSize(tried(flat), Experience(), 4), 200, probability=0.6, acceptance=0.6) == 200
 
 
@@ -152,6 +152,23 @@ def test_a_match_that_is_sure_leaves_nothing_for_the_head():
         asked += size.wants_level(candidates, 0, None)
         size.end(len(size.choose(candidates)) + 1, 12, size.costs.draft(1), flat(13))
     assert asked < 15
+
+
+def test_a_head_that_promises_too_much_is_verified_less():
+    """Its estimates say that many drafts pay; half of what they promise comes."""
+
+    def drafted(reliability):
+        experience = Experience()
+        for _ in range(400):
+            experience.observe_promise(2.0, 2.0 * reliability)
+        size = AutomaticSize(tried(lambda nodes: 1 + 0.08 * nodes), experience, 4)
+        candidates = Candidates(0)
+        assert size.wants_level(candidates, 0, None)
+        for token in range(10):
+            candidates.add(0, token, math.log(0.16 - 0.01 * token))
+        return len(size.choose(candidates))
+
+    assert drafted(0.5) < drafted(1.0)
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_target
+from conftest import make_target, tiny_tokenizer
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -20,11 +19,6 @@ from fspad.cli import app
 from fspad.cli.demo import results_table
 from fspad.cli.loading import encode, read_prompts
 from fspad.cli.train import make_trainer
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} : {% generation %}{{ m['content'] }}{% endgeneration %} ; {% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
 
 
 def run(*arguments: object):
@@ -39,14 +33,8 @@ def plain(text: str) -> str:
 @pytest.fixture
 def pair(tmp_path) -> tuple[Path, Path]:
     """Folders of a tiny target with a tokenizer, and of a head for it."""
-    words = ["<unk>", "<eos>", "user", "assistant", ":", ";"]
-    vocab = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(97 - len(words)))])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
-    fast.chat_template = TEMPLATE
     target = make_target()
-    fast.save_pretrained(tmp_path / "target")
+    tiny_tokenizer().save_pretrained(tmp_path / "target")
     target.save_pretrained(tmp_path / "target")
     fspad.FSPADModel.from_target(target).save_pretrained(tmp_path / "head")
     return tmp_path / "target", tmp_path / "head"

@@ -57,6 +57,44 @@ def test_where_others_have_none_it_takes_many_bad_steps_for_a_head_to_pause():
     assert asked_in(experience, 100, worth=0.5) > 90
 
 
+def test_a_head_that_pays_now_and_then_is_looked_at_often():
+    experience = Experience()
+    asked_in(experience, 200, worth=-0.5)
+    assert asked_in(experience, 64, worth=-0.5) <= 2
+    # The average is still below 0, but single looks show that it pays again
+    assert asked_in(experience, 64, worth=0.2) > 8
+    assert asked_in(experience, 200, worth=0.2) > 180
+
+
+def test_each_answer_asks_the_head_anew():
+    experience = Experience()
+    for has_others in (False, True):
+        asked_in(experience, 300, worth=-2.0, has_others=has_others)
+    experience.begin_answer()
+    assert asked_in(experience, 50, worth=0.3) == 50
+    # Of no use all the same: few steps of an answer are spent on finding out
+    experience.begin_answer()
+    asked_in(experience, 300, worth=-0.1)
+    experience.begin_answer()
+    assert asked_in(experience, 96, worth=-0.1) <= 16
+    # Trust that was earned is kept
+    experience = Experience()
+    asked_in(experience, 300, worth=1.0)
+    experience.begin_answer()
+    assert asked_in(experience, 20, worth=-0.5) == 20
+
+
+def test_promises_that_are_not_kept_are_discounted_and_those_that_are_exceeded_are_not():
+    experience = Experience()
+    assert experience.reliability == 1
+    for number in range(400):
+        experience.observe_promise(2.0, number % 2)
+    assert experience.reliability == pytest.approx(0.25, abs=0.02)
+    for _ in range(400):
+        experience.observe_promise(1.0, 3)
+    assert experience.reliability == 1
+
+
 def test_it_belongs_to_head_and_target_and_how_they_draft_and_choose():
     target, other = make_target(), make_target()
     head = make_head(target)

@@ -156,7 +156,7 @@ def test_a_card_with_nothing_known_but_the_config():
     uses = ["Use", "As the assistant of `generate`", "In a pipeline"]
     assert headings == ["FSPAD draft head", *uses, "The head", "What lossless means", "Limits", "Citation"]
     assert "**Not a stand-alone model: a draft head for its target.**" in card.text
-    assert "- Target" not in card.text
+    assert "- Target: a model without a name on the Hub, of hidden size" in card.text
     assert "revision" not in card.text
     assert "checkout" not in card.text
     assert "|" not in card.text

@@ -1,11 +1,13 @@
 """Pushing heads to a stand-in of the Hub, and what strangers can do with them."""
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -15,6 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 import fspad
+from fspad.cli.loading import find_shipped_head
 from fspad.hub_cards import FSPADModelCard, Measurement, push_folder, push_head
 
 HEAD = "user/head"
@@ -131,6 +134,94 @@ def test_folders_are_pushed_with_their_own_card_or_a_new_one(hub, tmp_path):
     assert commits(hub)[-1].files["README.md"].endswith(b"Mine.\n")
 
 
+def bare_folder(folder: Path, **card) -> Path:
+    """A head without code, with a card that says where it was, as in a checkout."""
+    head = make_head(make_target(), seed=1)
+    head.save_pretrained(folder / "saved")
+    bare = folder / "examples" / "head"
+    bare.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / "saved" / name).read_bytes())
+    config = json.loads((bare / "config.json").read_text())
+    del config["auto_map"]
+    (bare / "config.json").write_text(json.dumps(config))
+    measured = [Measurement("Prompts", 0, 2.5)]
+    FSPADModelCard(head.config, path="examples/head", measurements=measured, target="somebody/target", **card).save(
+        bare
+    )
+    return bare
+
+
+def test_a_folder_of_a_checkout_gets_code_and_a_card_that_says_where_it_is(hub, tmp_path):
+    bare = bare_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in bare.iterdir()}
+    push_folder(bare, HEAD)
+    check_two_commits(*commits(hub))
+    text = commits(hub)[1].files["README.md"].decode()
+    assert "examples/head" not in text
+    assert "2.50" in text, "what else the card told"
+    assert 'target_id = "somebody/target"' in text
+    assert {path.name: path.read_bytes() for path in bare.iterdir()} == before, "the folder is left as it is"
+    config = json.loads(commits(hub)[1].files["config.json"])
+    assert config["auto_map"]["AutoModel"] == "modeling_fspad.FSPADModel"
+    # From there to another repository, whose name takes the place of the first
+    push_folder(bare, "user/second")
+    files, card = commits(hub, repo="user/second")
+    assert HEAD not in card.files["README.md"].decode()
+    assert files.oid in card.files["README.md"].decode()
+
+
+def test_the_shipped_head_can_be_pushed(hub):
+    shipped = find_shipped_head()
+    push_folder(shipped, HEAD)
+    files, card = commits(hub)
+    assert set(card.files) == {*SAVED, "README.md", "acceptance_by_depth.png"}
+    assert pinned(card) == files.oid
+    assert "examples/heads" not in card.files["README.md"].decode().partition("## The head")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", b"null"), ("model.safetensors", b"\0" * 9), ("adapter_config.json", b"{}")]
+)
+def test_what_nobody_could_load_is_not_pushed(name, content, hub, tmp_path):
+    make_head(make_target()).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged|beside it"):
+        push_folder(tmp_path, HEAD)
+    assert HEAD not in hub.repositories
+
+
+def test_code_that_is_there_is_kept_and_code_with_a_hole_replaced(hub, tmp_path):
+    make_head(make_target()).save_pretrained(tmp_path)
+    for change, kept in ((lambda file: file.write_text(f"# mine\n{file.read_text()}"), True), (Path.unlink, False)):
+        change(tmp_path / "candidates.py")
+        push_folder(tmp_path, HEAD)
+        files = commits(hub)[-1].files
+        assert files["candidates.py"].startswith(b"# mine") == kept
+        assert set(files) >= SAVED
+
+
+def test_pushed_heads_know_their_repository(hub):
+    make_head(make_target()).push_to_hub("head")
+    text = commits(hub)[1].files["custom_generate/generate.py"].decode()
+    assert f'REPOSITORY: str | None = "{HEAD}"' in text
+
+
+def test_the_license_is_that_of_the_target_if_the_hub_knows_it(hub, monkeypatch):
+    head = make_head(make_target(), target_model_name="somebody/target")
+    head.push_to_hub(HEAD)
+    assert "license" not in ModelCard(commits(hub)[-1].files["README.md"].decode()).data.to_dict()
+    info, model_info = SimpleNamespace(card_data=SimpleNamespace(license="apache-2.0")), HfApi.model_info
+
+    def of_target(self, repo_id, **options):
+        return info if repo_id == "somebody/target" else model_info(self, repo_id, **options)
+
+    monkeypatch.setattr(HfApi, "model_info", of_target)
+    for license, expected in ((None, "apache-2.0"), ("mit", "mit")):
+        push_head(head, HEAD, card=FSPADModelCard(head.config, license=license))
+        assert ModelCard(commits(hub)[-1].files["README.md"].decode()).data.license == expected
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -227,6 +318,10 @@ assert files in type(kept).__module__
 assert is_faster(target.generate(**inputs, **by_id))
 assert len([name for name in sys.modules if name.endswith("custom_generate.generate")]) == 2, "another commit"
 
+# By nobody that transformers knows: the file knows its repository, and its commit from where it lies
+function = target.load_custom_generate("user/head", trust_remote_code=True)
+assert is_faster(function(model=target, **inputs, return_dict_in_generate=True, **options))
+
 # Three: a pipeline
 text_generation = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=head)
 (result,) = text_generation("w1 w2 w3", return_tensors=True, **options)
@@ -247,7 +342,8 @@ assert is_faster(target.generate(**inputs, assistant_model=again, return_dict_in
 """
 
 
-def test_strangers_use_heads_in_three_ways(hub, tmp_path):
+@pytest.mark.parametrize("is_bare", [False, True], ids=["a head", "a folder without code"])
+def test_strangers_use_heads_in_three_ways(is_bare, hub, tmp_path):
     """`STRANGER_PYTHON` may name the Python of an environment with torch and transformers alone, as `.ci/run` has it."""
     target = make_target()
     target.save_pretrained(tmp_path / "target")
@@ -255,7 +351,10 @@ def test_strangers_use_heads_in_three_ways(hub, tmp_path):
         tokenizer_object=word_tokenizer(), unk_token="<unk>", model_input_names=["input_ids", "attention_mask"]
     )
     tokenizer.save_pretrained(tmp_path / "target")
-    make_head(target, seed=1).push_to_hub(HEAD)
+    if is_bare:
+        push_folder(bare_folder(tmp_path), HEAD)
+    else:
+        make_head(target, seed=1).push_to_hub(HEAD)
     make_head(target, seed=2).push_to_hub("user/private", private=True)
     environment = {**os.environ, **hub.environment(tmp_path / "cache", token=None)}
     del environment["HF_TOKEN"]

@@ -141,3 +141,28 @@ def test_an_original_bin_file_is_not_loaded_as_a_head(saved):
     torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
     with pytest.raises((OSError, ValueError), match=r"safetensors|missing weights"):
         AutoModel.from_pretrained(folder)
+
+
+def test_two_revisions_of_the_code_side_by_side(saved):
+    """Both have the same configuration file, by which transformers would tell them apart, and other code elsewhere."""
+    for folder, mark in (("head1", "first"), ("head2", "second")):
+        file = saved / folder / "head_source.py"
+        file.write_text(f"{file.read_text()}\nMARK = {mark!r}\n")
+    assert (saved / "head1" / "configuration_fspad.py").read_bytes() == (
+        saved / "head2" / "configuration_fspad.py"
+    ).read_bytes()
+    script = """
+def mark(head):
+    return sys.modules[type(head).__module__.rpartition(".")[0] + ".head_source"].MARK
+
+heads = [AutoModel.from_pretrained(name, trust_remote_code=True) for name in ("head1", "head2", "head1")]
+assert [mark(head) for head in heads] == ["first", "second", "first"]
+assert type(heads[0]) is type(heads[2]) is not type(heads[1])
+for head in heads:
+    output = target.generate(prompt, assistant_model=head, **options)
+    assert torch.equal(output.sequences, plain)
+    assert output.accept_lengths.float().mean() > 1
+    assert sys.modules[type(output).__module__].__name__.split(".")[:3] == type(head).__module__.split(".")[:3]
+print("done")
+"""
+    assert run(saved, script).strip() == "done"

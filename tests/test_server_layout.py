@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from goldens import VARIANTS, read_golden
 from safetensors.torch import load_file
-from test_convert import VARIANTS, read_golden, write_source, write_target
+from source_checkpoints import write_source, write_target
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -77,12 +78,31 @@ def test_head_comes_back(variant, rope, tmp_path):
     head.save_pretrained(tmp_path / "head")
 
     export_head(tmp_path / "head", tmp_path / "server")
-    again = convert_checkpoint(tmp_path / "server", tmp_path / "again", str(target))
+    again = convert_checkpoint(str(tmp_path / "server"), tmp_path / "again", str(target))
 
     assert_same(again.state_dict(), head.state_dict())
     ignored = ("_name_or_path", "architectures", "dtype", "auto_map")
     before, after = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (head.config, again.config))
     assert after == before
+
+
+def test_what_vllm_reads_by_itself(tmp_path):
+    config = FSPADConfig.from_target(
+        AutoConfig.from_pretrained(write_target(tmp_path / "target")), feature_sampling=False, partial_alignment=False
+    )
+    head = FSPADModel(config)
+    for name, bias in (("plain", 0.0), ("biased", 0.5)):
+        torch.nn.init.constant_(head.feature_sampling.fc.bias, bias)
+        head.save_pretrained(tmp_path / name)
+        export_head(tmp_path / name, tmp_path / f"{name}-server")
+    plain, biased = (
+        json.loads((tmp_path / f"{name}-server" / "config.json").read_text()) for name in ("plain", "biased")
+    )
+    assert (plain["architectures"], plain["fc_bias"]) == (["EagleLlamaForCausalLM"], False)
+    assert (biased["architectures"], biased["fc_bias"]) == (["EagleFspadLlamaForCausalLM"], True)
+    assert "fc.bias" not in load_file(tmp_path / "plain-server" / "model.safetensors")
+    again = convert_checkpoint(str(tmp_path / "plain-server"), tmp_path / "again", str(tmp_path / "target"))
+    assert_same(again.state_dict(), FSPADModel.from_pretrained(tmp_path / "plain").state_dict())
 
 
 def test_lowered_draft_vocabulary_is_exported_as_it_is_used(tmp_path):
@@ -92,6 +112,8 @@ def test_lowered_draft_vocabulary_is_exported_as_it_is_used(tmp_path):
     head.save_pretrained(tmp_path / "head")
     export_head(tmp_path / "head", tmp_path / "server")
     assert load_file(tmp_path / "server" / "model.safetensors")["d2t"].tolist() == [7, 2, 98]
+    exported = json.loads((tmp_path / "server" / "config.json").read_text())
+    assert (exported["draft_vocab_size"], exported["architectures"]) == (3, ["EagleFspadLlamaForCausalLM"])
 
 
 def test_checkpoints_need_a_target_and_nothing_is_overwritten(tmp_path):

@@ -44,7 +44,7 @@ def tokenize_messages(
     has_blocks = _GENERATION_BLOCK.search(tokenizer.get_chat_template())
     try:
         return (_from_generation_blocks if has_blocks else _from_prompts)(messages, tokenizer, first_turn)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ValueError(
             f"expected messages that the chat template can render, got {_excerpt(messages)}, of which it says: {error}; "
             "leave such dialogues out, or set another `tokenizer.chat_template`."

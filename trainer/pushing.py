@@ -15,7 +15,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
 from fspad.hub_cards import FSPADModelCard, push_folder
-from fspad.hub_cards.push import HEAD_FILES, NOT_HEAD_FILES
+from fspad.hub_cards.staging import HEAD_FILES, NOT_HEAD_FILES
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

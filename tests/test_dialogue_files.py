@@ -1,0 +1,28 @@
+"""What is looked for in files of dialogues before they are loaded."""
+
+import gzip
+import json
+
+import pytest
+
+from fspad.trainer.dialogue_files import MOST_LEVELS, check_nesting
+
+ROW = {"prompt_ids": [[1], [2]], "messages": [{"role": "user", "content": '[[{{ "quoted" \\ ' * 500}]}
+
+
+@pytest.mark.parametrize("opener", [open, gzip.open])
+def test_rows_of_many_levels_are_refused_and_named(opener, tmp_path):
+    path = tmp_path / ("rows.jsonl.gz" if opener is gzip.open else "rows.jsonl")
+    deep = "[" * MOST_LEVELS + "]" * MOST_LEVELS
+    with opener(path, "wt") as file:
+        file.write(json.dumps(ROW) + "\n" + deep + "\n")
+    check_nesting(path)
+    with opener(path, "at") as file:
+        file.write('{"a": ' + deep + "}\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl.*:3: expected a dialogue, got a row of more than 100 levels"):
+        check_nesting(path)
+
+
+def test_long_rows_with_many_lists_are_read(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"ids": [[i] for i in range(10_000)]}) + "\n")
+    check_nesting(tmp_path / "rows.jsonl")
