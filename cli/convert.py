@@ -9,6 +9,7 @@ import torch
 
 from fspad import FSPADConfig, FSPADModel
 from fspad.config_checks import shorten_names
+from fspad.provenance import target_id
 
 from .loading import damage_in_one_line
 from .smollm2 import quiet_loading
@@ -162,6 +163,9 @@ def _head_config(
     if fields["rope_parameters"]["rope_type"] == "dynamic":
         # Dynamic RoPE scales from this length on, so the target's would change what the head computes.
         layer["max_position_embeddings"] = fields["max_position_embeddings"]
+    if target_id(target_config) is not None:
+        # The user has named the target, and the file does not know better
+        source_config = {name: value for name, value in source_config.items() if not name.startswith("target_")}
     return FSPADConfig.from_target(
         target_config,
         **layer,

@@ -22,7 +22,7 @@ from fspad.config_checks import (
     shorten,
     shorten_names,
 )
-from fspad.weight_files import MOST_JSON_BYTES, check_folder, read_header
+from fspad.weight_files import check_folder, check_size, read_header
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "mixtral")
 # The first that there is
@@ -73,8 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is anything else.
     """
-    if path.stat().st_size > MOST_JSON_BYTES:
-        raise ValueError(f"expected a small file, got {path.stat().st_size:,} bytes: {path}")
+    check_size(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -92,10 +91,13 @@ def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
         revision: Revision on the Hub.
 
     Raises:
-        FileNotFoundError: If it has none.
+        OSError: If it has none, or there is no such checkpoint.
         ValueError: If it cannot be read.
     """
-    path = find_file(source, "config.json", revision)
+    check_folder(source)
+    if not Path(source).is_dir():
+        return read_json(Path(cached_file(source, "config.json", revision=revision)))
+    path = find_file(source, "config.json")
     if path is None:
         raise FileNotFoundError(
             f"{source} holds no config.json: name an FSPAD or EAGLE-1/2 checkpoint, or an FSPAD head"
@@ -250,7 +252,7 @@ def _collect_globals(path: Path, names: set[str]) -> None:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed entries, which torch does not write")
         for entry in archive.infolist():
-            if entry.filename.endswith(".pkl"):
+            if entry.filename.lower().endswith(".pkl"):
                 if entry.file_size > MOST_PICKLE_BYTES:
                     raise ValueError(f"{entry.file_size:,} bytes of names")
                 with archive.open(entry) as file:

@@ -134,7 +134,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     continue
                 try:
                     yield number, json.loads(line)["prompt"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                except (json.JSONDecodeError, KeyError, RecursionError, TypeError) as error:
                     raise ValueError(f'{path}:{number}: expected {{"prompt": "..."}}, got {line[:80]!r}') from error
     except (EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"expected JSON lines in UTF-8 in {path}, got what cannot be read: {error}") from error

@@ -221,7 +221,7 @@ def load_dialogues(path: str, streaming: bool = False) -> Dataset | IterableData
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be read.
     """
-    from fspad.trainer.dialogue_files import check_nesting
+    from fspad.trainer.dialogue_files import check_rows
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -229,7 +229,7 @@ def load_dialogues(path: str, streaming: bool = False) -> Dataset | IterableData
         raise ValueError(f"expected dialogues in {path}, got an empty file")
     builder = "parquet" if path.endswith(".parquet") else "json"
     if builder == "json":
-        check_nesting(Path(path))
+        check_rows(Path(path))
     return _load_dataset(path, builder, streaming, data_files=path, split="train")
 
 

@@ -186,7 +186,9 @@ class FSPADModelCard:
         return path
 
 
-def moved_card(text: str, head_config: FSPADConfig, repo_id: str, revision: str | None) -> str:
+def moved_card(
+    text: str, head_config: FSPADConfig, repo_id: str, revision: str | None, target_revision: str | None = None
+) -> str:
     """A card with the part written anew that says where the head is.
 
     Args:
@@ -194,6 +196,7 @@ def moved_card(text: str, head_config: FSPADConfig, repo_id: str, revision: str 
         head_config: Configuration of the head.
         repo_id: Repository that the head is in now.
         revision: Commit that the snippets pin.
+        target_revision: Revision of the target, if it is another one than the head's configuration says.
 
     Returns:
         The card. One that was not made by [`FSPADModelCard`] has no such part and stays as it is.
@@ -202,7 +205,10 @@ def moved_card(text: str, head_config: FSPADConfig, repo_id: str, revision: str 
         return text
     target = ModelCard(text, ignore_metadata_errors=True).data.base_model
     target = target if isinstance(target, str) else None
-    use = FSPADModelCard(head_config, repo_id=repo_id, revision=revision, target=target).use()
+    card = FSPADModelCard(
+        head_config, repo_id=repo_id, revision=revision, target=target, target_revision=target_revision
+    )
+    use = card.use()
     return _USE.sub(lambda _: use, text)
 
 

@@ -58,8 +58,9 @@ def push_head(
         Exception: As in [`push_folder`]. The head stays in a temporary folder then.
     """
     tags = [tags] if isinstance(tags, str) else tags or ()
-    card = FSPADModelCard(head.config) if card is None else card
-    card = replace(card, tags=list(dict.fromkeys([*card.tags, *(head.model_tags or ()), *tags])))
+    if not head._hf_peft_config_loaded:  # otherwise only the adapter is saved
+        card = FSPADModelCard(head.config) if card is None else card
+        card = replace(card, tags=list(dict.fromkeys([*card.tags, *(head.model_tags or ()), *tags])))
     folder = Path(tempfile.mkdtemp(prefix="fspad-head-"))
     head.save_pretrained(folder, max_shard_size=max_shard_size)
     commit = push_folder(folder, repo_id, card=card, **options)
@@ -88,9 +89,10 @@ def push_folder(
     Args:
         folder: The folder. Only what belongs to a head is pushed: no tokenizer, no checkpoints, no pickles.
         repo_id: Repository on the Hub, which is created if need be.
-        card: The card, written to `README.md` with the repository and the commit of the files. By default the folder's
-            own, in which only the part that says where the head is is written anew (a card of your own has none, and is
-            pushed as it is), or if it has none, one with what the head's configuration tells.
+        card: The card, pushed as `README.md` with the repository and the commit of the files; without a license it gets that
+            of the target, if the Hub tells. By default the folder's own, in which only the part that says where the head is
+            is written anew (a card of your own has none, and is pushed as it is), or if it has none, one with what the
+            head's configuration tells.
         commit_message: Summary of the commit of the files; by default "Upload FSPAD head".
         commit_description: Description of the commit of the files.
         private: Whether a new repository is private; by default what the account prefers.
@@ -116,8 +118,7 @@ def push_folder(
             card = FSPADModelCard(config)
         if card is not None:
             card = _with_license_of_target(api, replace(card, repo_id=repo_id, revision=None, path=None))
-            for place in (folder, copy):
-                card.save(place)
+            card.save(copy)
         try:
             repo_id = _with_retries(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/"):
@@ -127,8 +128,11 @@ def push_folder(
             if files.pr_revision is not None:
                 revision, create_pr = files.pr_revision, False
                 where |= {"revision": revision, "create_pr": create_pr}
-            _upload_card(api, copy, config, where, files.oid, f"{commit_message}: model card")
+            _upload_card(api, copy, card, config, where, files.oid, f"{commit_message}: model card")
         except Exception as error:
+            if card is not None:  # so that the folder is all there is to go on with
+                (folder / "README.md").unlink(missing_ok=True)  # maybe a link into a cache
+                card.save(folder)
             error.add_note(_how_to_go_on(folder, repo_id, private=private, revision=revision, create_pr=create_pr))
             raise
     return files
@@ -152,13 +156,20 @@ def _upload_files(
 
 
 def _upload_card(
-    api: HfApi, copy: Path, config: FSPADConfig | None, where: dict[str, Any], commit: str, commit_message: str
+    api: HfApi,
+    copy: Path,
+    card: FSPADModelCard | None,
+    config: FSPADConfig | None,
+    where: dict[str, Any],
+    commit: str,
+    commit_message: str,
 ) -> None:
     if not (copy / "README.md").is_file():  # an adapter whose card was taken away
         return
     text = (copy / "README.md").read_text(encoding="utf-8")
     if config is not None:
-        text = moved_card(text, config, where["repo_id"], commit)
+        target_revision = None if card is None else card.target_revision
+        text = moved_card(text, config, where["repo_id"], commit, target_revision)
     _with_retries(
         api.upload_file,
         may_repeat=not where["create_pr"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ _NO_REPOSITORY = "REPOSITORY: str | None = None"
 
 @contextmanager
 def staged(folder: Path) -> Iterator[tuple[Path, FSPADConfig | None]]:
-    """Make a copy of what is pushed of a folder, and delete it afterwards.
+    """Make a copy of what is pushed of a folder, its sub-folders left out, and delete it afterwards.
 
     A head is loaded once, so that nothing is pushed which nobody can load. Code that is missing is added.
 
@@ -56,8 +57,9 @@ def staged(folder: Path) -> Iterator[tuple[Path, FSPADConfig | None]]:
     copy = Path(tempfile.mkdtemp(prefix="fspad-push-"))
     try:
         for path in folder.iterdir():
-            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in HEAD_FILES):
-                shutil.copyfile(path, copy / path.name)
+            is_ours = any(fnmatch(path.name, pattern) for pattern in HEAD_FILES) and not path.name.startswith("_")
+            if path.is_file() and is_ours:
+                _bring(path, copy / path.name)
         config = None
         if (folder / "config.json").is_file():
             head = FSPADModel.from_pretrained(folder, dtype="auto")
@@ -69,6 +71,17 @@ def staged(folder: Path) -> Iterator[tuple[Path, FSPADConfig | None]]:
         yield copy, config
     finally:
         shutil.rmtree(copy, ignore_errors=True)
+
+
+def _bring(path: Path, destination: Path) -> None:
+    """Copy a file; weights, which nobody changes and which may be large, without their contents where that can be."""
+    if path.suffix == ".safetensors":
+        try:
+            os.link(path.resolve(), destination)
+            return
+        except OSError:
+            pass
+    shutil.copyfile(path, destination)
 
 
 def has_code(folder: Path) -> bool:

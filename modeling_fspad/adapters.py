@@ -83,7 +83,7 @@ def check_no_unnamed_adapter(name: str | os.PathLike | None, options: dict[str, 
             "the file away, and load an adapter with `head.load_adapter(FOLDER)` or `PeftModel.from_pretrained(head, FOLDER)`."
         )
     base = name if followed is not None else read_adapter_config(source, hub_options).get("base_model_name_or_path")
-    if not isinstance(base, str) or (os.path.isdir(base) and not os.path.isdir(source)):
+    if not base or not isinstance(base, str) or (os.path.isdir(base) and not os.path.isdir(source)):
         raise ValueError(
             f"expected the adapter {source} to name the Hub id of its head, got {shorten(base)}: load the head first, and "
             "then the adapter with `head.load_adapter`."
@@ -143,7 +143,8 @@ def check_adapter_config(fields: dict[str, Any]) -> int:
     check_number("lora_alpha", fields.get("lora_alpha", 8), at_least=0, at_most=1e6)
     check_number("lora_dropout", fields.get("lora_dropout", 0), at_least=0, at_most=1)
     for name in ("init_lora_weights", "use_rslora", "fan_in_fan_out"):
-        check_flag(name, fields.get(name, False))
+        if (name, fields.get(name)) != ("init_lora_weights", "gaussian"):
+            check_flag(name, fields.get(name, False))
     if fields.get("bias", "none") != "none":
         raise ValueError(f"expected an adapter with bias 'none', got {shorten(fields['bias'])}")
     modules = fields.get("target_modules")

@@ -84,7 +84,7 @@ class AutomaticSize:
         if self._without_head is not None:
             self._promise = candidates.expected_tokens(ranking[:num_nodes])[-1]
             # What would have been verified without it, by what is known now
-            without = 1 + reliability * candidates.expected_tokens(self._without_head)[-1]
+            without = 1 + reliability * self._before.expected_tokens(self._without_head)[-1]
             without -= self.rate * self.costs.verify(len(self._without_head) + 1)
             cost = self.rate * self.costs.draft(self._levels) + _MARGIN
             self.experience.observe_head(self._has_others, worth - without - cost)
@@ -96,7 +96,7 @@ class AutomaticSize:
         if self._levels and self._has_drafted:
             self.costs.observe_draft(self._levels, draft_seconds)
         self._has_drafted |= self._levels > 0
-        if self._promise is not None:
+        if self._promise:
             self.experience.observe_promise(self._promise, num_emitted - 1)
         self.costs.observe_verify(num_nodes, verify_seconds)
         if self.costs.trial is None:
@@ -113,7 +113,8 @@ class AutomaticSize:
         self._has_others = bool(ranking) and candidates.scores[ranking[0]] > math.log(0.5)
         if not self.experience.wants_head(self._has_others):
             return False
-        self._without_head = without_head
+        # A chain is chosen of other candidates, which hold one path of these
+        self._without_head, self._before = without_head, candidates
         return True
 
     def _expected_mass(self, level: int, scores: list[float] | None) -> float:

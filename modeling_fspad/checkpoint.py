@@ -169,4 +169,7 @@ class CheckpointMixin:
 
 def _damaged(what: str, name: str | os.PathLike | None, error: Exception) -> ValueError:
     reason = f"{type(error).__name__}: {shorten(str(error))}"
-    return ValueError(f"no {what} can be loaded from {name}: a file is damaged ({reason}). Download it again.")
+    return ValueError(
+        f"no {what} can be loaded from {name}: a file is damaged, or an argument is wrong ({reason}). "
+        "Download it again, or leave the argument out."
+    )

@@ -29,6 +29,8 @@ _FIRST_WORTH = {True: 0.0, False: 0.15}
 _NEW_TEXT_WORTH = {True: 0.0, False: 0.03}
 # Of how many drafts of the head were accepted, beside how many were expected
 _KEPT_PROMISE = 0.02
+# As which it counts at least when an answer begins
+_LEAST_RELIABILITY = 0.5
 # Most steps between two looks at a head that was not worth its time
 _LONGEST_PAUSE = 32
 
@@ -58,6 +60,8 @@ class Experience:
         for has_others, least in _NEW_TEXT_WORTH.items():
             self._worth[has_others] = max(self._worth[has_others], least)
             self._pause[has_others], self._next_pause[has_others] = 0, 1
+        # Where nothing is promised any more, nothing would show that it is kept again
+        self._accepted = max(self._accepted, _LEAST_RELIABILITY * self._promised)
 
     def observe_step(self, num_emitted: int, seconds: float) -> None:
         """Take in what a step has brought.
@@ -75,7 +79,7 @@ class Experience:
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def observe_promise(self, expected: float, accepted: int) -> None:
-        """Take in what a draft of the head has brought.
+        """Take in what a draft has brought for which the head was asked.
 
         Args:
             expected: Accepted drafts that were expected of it.

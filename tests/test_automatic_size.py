@@ -13,6 +13,8 @@ from drafters import tried
 from fspad.agreement import Agreement
 from fspad.automatic_size import AutomaticSize
 from fspad.candidates import Candidates
+from fspad.draft_source import DraftSource, Emitted
+from fspad.drafting import Drafter
 from fspad.experience import Experience
 from fspad.step_costs import costs_of
 from fspad.verification_mode import VerificationMode
@@ -138,6 +140,42 @@ def test_a_head_that_doubts_a_long_match_is_worth_what_is_not_verified_then():
         size.choose(candidates)
         worths.append(experience.worth)
     assert worths[1] > worths[0] + 0.3
+
+
+class Long(DraftSource):
+    """Proposes a long continuation, and another one after it."""
+
+    def extend(self, emitted):
+        pass
+
+    def propose(self, candidates, size, max_depth):
+        for first in (1, 50):
+            node = 0
+            for depth in range(12):
+                node = candidates[0].add(node, first + depth, (depth + 1) * math.log(0.9))
+
+
+class Doubting(DraftSource):
+    """Finds all of that improbable, and something else probable, as a head may."""
+
+    def extend(self, emitted):
+        pass
+
+    def propose(self, candidates, size, max_depth):
+        if size.wants_level(candidates[0], 0, None):
+            candidates[0].pool(0, {1: 0.0, 50: 0.0}, Agreement())
+            candidates[0].add(0, 90, math.log(0.95))
+
+
+def test_a_chain_is_judged_by_what_would_have_been_verified_without_the_head():
+    """That is among all candidates, of which a chain has few."""
+    size = AutomaticSize(tried(flat), Experience(), 4)
+    drafter = Drafter([Long(), Doubting()], size, is_chain=True)
+    drafter.extend(Emitted([[0]], torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), torch.zeros(1, 1).long()))
+    for _ in range(5):
+        tree = drafter.draft(20, torch.device("cpu"))
+        assert tree.num_nodes > 1
+        size.end(tree.num_nodes, 2, flat(1), flat(tree.num_nodes))
 
 
 def test_a_match_that_is_sure_leaves_nothing_for_the_head():

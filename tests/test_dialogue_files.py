@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fspad.trainer.dialogue_files import MOST_LEVELS, check_nesting
+from fspad.trainer.dialogue_files import MOST_LEVELS, check_rows
 
 ROW = {"prompt_ids": [[1], [2]], "messages": [{"role": "user", "content": '[[{{ "quoted" \\ ' * 500}]}
 
@@ -16,13 +16,23 @@ def test_rows_of_many_levels_are_refused_and_named(opener, tmp_path):
     deep = "[" * MOST_LEVELS + "]" * MOST_LEVELS
     with opener(path, "wt") as file:
         file.write(json.dumps(ROW) + "\n" + deep + "\n")
-    check_nesting(path)
+    check_rows(path)
     with opener(path, "at") as file:
         file.write('{"a": ' + deep + "}\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl.*:3: expected a dialogue, got a row of more than 100 levels"):
-        check_nesting(path)
+        check_rows(path)
 
 
 def test_long_rows_with_many_lists_are_read(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"ids": [[i] for i in range(10_000)]}) + "\n")
-    check_nesting(tmp_path / "rows.jsonl")
+    check_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("row", ["null", "true", "5", "-1e9", '"x"', '"\\""', "1" * 10_000])
+def test_rows_that_are_no_dictionaries_are_refused_and_named(row, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + row + "\n" + json.dumps(ROW) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: expected a dialogue as a dictionary"):
+        check_rows(path)
+    path.write_text("[\n" + row + "\n]\n")
+    check_rows(path)

@@ -90,6 +90,8 @@ def test_promises_that_are_not_kept_are_discounted_and_those_that_are_exceeded_a
     for number in range(400):
         experience.observe_promise(2.0, number % 2)
     assert experience.reliability == pytest.approx(0.25, abs=0.02)
+    experience.begin_answer()
+    assert experience.reliability == pytest.approx(0.5)
     for _ in range(400):
         experience.observe_promise(1.0, 3)
     assert experience.reliability == 1

@@ -7,34 +7,41 @@ import re
 import zlib
 from pathlib import Path
 
-# Rows of dialogues are a few levels deep. Arrow's parser recurses, and ends the process in a row of very many
+# Rows of dialogues are a few levels deep
 MOST_LEVELS = 100
-_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+_TEXT = rb'"(?:[^"\\]++|\\.)*+"'
+_BRACKETS = re.compile(_TEXT + rb"|[\[\]{}]")
+_SCALAR = re.compile(rb"\s*(?:null|true|false|-?\d[\d.eE+-]*|" + _TEXT + rb")\s*")
 
 
-def check_nesting(path: Path) -> None:
-    """Refuse a file of JSON lines with a row that is nested too deeply to be a dialogue.
+def check_rows(path: Path) -> None:
+    """Refuse rows of JSON lines that are no dictionaries, or nested too deeply to be dialogues.
+
+    Arrow's parser does not survive some of them: the process ends without a message.
 
     Args:
-        path: The file, maybe gzipped.
+        path: The file, maybe gzipped. One that begins with a list is looked at for its depth only.
 
     Raises:
         OSError: If it cannot be read.
         ValueError: If there is such a row.
     """
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    is_list = None
     with opener(path, "rb") as file:
         try:
-            for number, line in enumerate(file, start=1):  # noqa: B007
+            for number, line in enumerate(file, start=1):
+                if is_list is None and line.strip():
+                    is_list = line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+                if not is_list and _SCALAR.fullmatch(line):
+                    raise ValueError(f"{path}:{number}: expected a dialogue as a dictionary, got {line[:50]!r}")
                 # Text may hold brackets, so that these are counted one by one only where there are many
                 if line.count(b"[") + line.count(b"{") > MOST_LEVELS and _depth(line) > MOST_LEVELS:
-                    break
-            else:
-                return
+                    raise ValueError(
+                        f"{path}:{number}: expected a dialogue, got a row of more than {MOST_LEVELS} levels"
+                    )
         except (EOFError, gzip.BadGzipFile, zlib.error):
             return  # what is wrong with it is said when it is loaded
-    raise ValueError(f"{path}:{number}: expected a dialogue, got a row of more than {MOST_LEVELS} levels")
 
 
 def _depth(line: bytes) -> int:
