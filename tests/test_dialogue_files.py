@@ -36,3 +36,13 @@ def test_rows_that_are_no_dictionaries_are_refused_and_named(row, tmp_path):
         check_rows(path)
     path.write_text("[\n" + row + "\n]\n")
     check_rows(path)
+
+
+def test_rows_of_many_different_keys_are_refused_and_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": 'say ": ' * 20}] * 1000
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    check_rows(path)
+    path.write_text(json.dumps({"messages": [{str(number): 1} for number in range(1001)]}) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: expected a dialogue, got a row of more than 1000 keys"):
+        check_rows(path)

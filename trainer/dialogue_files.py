@@ -7,17 +7,19 @@ import re
 import zlib
 from pathlib import Path
 
-# Rows of dialogues are a few levels deep
+# Rows of dialogues are a few levels deep, and have a few keys, each of which becomes a column
 MOST_LEVELS = 100
+MOST_KEYS = 1000
 _TEXT = rb'"(?:[^"\\]++|\\.)*+"'
 _BRACKETS = re.compile(_TEXT + rb"|[\[\]{}]")
+_KEY = re.compile(_TEXT + rb"\s*(:?)")
 _SCALAR = re.compile(rb"\s*(?:null|true|false|-?\d[\d.eE+-]*|" + _TEXT + rb")\s*")
 
 
 def check_rows(path: Path) -> None:
-    """Refuse rows of JSON lines that are no dictionaries, or nested too deeply to be dialogues.
+    """Refuse rows of JSON lines that are no dictionaries, or have too many levels or keys to be dialogues.
 
-    Arrow's parser does not survive some of them: the process ends without a message.
+    Arrow's parser does not survive some of them (the process ends without a message) and takes very long for others.
 
     Args:
         path: The file, maybe gzipped. One that begins with a list is looked at for its depth only.
@@ -40,6 +42,8 @@ def check_rows(path: Path) -> None:
                     raise ValueError(
                         f"{path}:{number}: expected a dialogue, got a row of more than {MOST_LEVELS} levels"
                     )
+                if line.count(b":") > MOST_KEYS and _num_keys(line) > MOST_KEYS:
+                    raise ValueError(f"{path}:{number}: expected a dialogue, got a row of more than {MOST_KEYS} keys")
         except (EOFError, gzip.BadGzipFile, zlib.error):
             return  # what is wrong with it is said when it is loaded
 
@@ -56,3 +60,8 @@ def _depth(line: bytes) -> int:
         elif sign in (b"]", b"}"):
             depth -= 1
     return deepest
+
+
+def _num_keys(line: bytes) -> int:
+    """How many different keys the dictionaries of a row have."""
+    return len({match[0] for match in _KEY.finditer(line) if match[1]})
