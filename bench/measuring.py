@@ -31,6 +31,21 @@ def mean_tokens_per_step(accept_lengths: Iterable[int]) -> float:
     return sum(lengths) / len(lengths) if lengths else 1.0
 
 
+def acceptance_by_depth(accept_lengths: Iterable[int]) -> list[float]:
+    """How deep accepted drafts reach.
+
+    Args:
+        accept_lengths: Tokens emitted by each step, the target's own (bonus) token included.
+
+    Returns:
+        The share of steps that accepted a drafted token, the share of those that accepted two in a row, and so on to the
+        deepest draft that was accepted. Shares are of all steps, so that they add up to `tau - 1`.
+    """
+    lengths = list(accept_lengths)
+    depths = range(1, max(lengths, default=1))
+    return [sum(length > depth for length in lengths) / len(lengths) for depth in depths]
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer and what it took.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +26,15 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# What is lost at most when a run is killed, and held in memory until it is written.
+# Most bytes of a shard, which are held in memory until it is written, and seconds that go into one: what is lost at most
+# when a run is killed.
 _SHARD_BYTES = 1 << 28
+_SHARD_SECONDS = 30.0
+# Rows that the first shard of a run has, before the speed is known.
+_FIRST_ROWS = 16
 # Rows of a shard that are copied at once while it is written.
 _ROWS_AT_ONCE = 64
+_SHARD_NAME = re.compile(r"features-(\d+)-(\d+)\.arrow")
 # Integers of the sizes of all elements, whose sums are exact in any order.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ELEMENTS_AT_ONCE = 1 << 24
@@ -39,7 +46,7 @@ _NO_MATTER = {
 
 
 class FeatureShards:
-    """A folder with the features of one dataset by one target.
+    """A folder with the features of one dataset by one target, in files that each hold the features of some rows.
 
     Args:
         folder: The folder. It is made.
@@ -50,13 +57,11 @@ class FeatureShards:
     def __init__(self, folder: Path, settings: dict[str, Any], row_bytes: list[int]):
         self.folder = folder
         self.row_bytes = row_bytes
-        self.rows = list(_split(row_bytes))
-        self.settings = {**settings, "shards": len(self.rows)}
+        self.settings = settings
         self._file = folder / "features.json"
-        self.paths = [folder / f"features-{i:05}-of-{len(self.rows):05}.arrow" for i in range(len(self.rows))]
 
     def fill(self, compute: Callable[[range], list[torch.Tensor]], lengths: Sequence[int]) -> None:
-        """Compute the shards that are missing.
+        """Compute the rows that are missing.
 
         Args:
             compute: From rows of the dataset to the features of each, of shape `(length, hidden)`.
@@ -66,7 +71,7 @@ class FeatureShards:
             OSError: If a shard cannot be written.
             ValueError: If the folder holds other features.
         """
-        if not self._missing():
+        if len(lengths) == sum(map(len, self._shards())):
             # Nothing is written, since the folder may allow no more than reading.
             self._check()
             return
@@ -74,14 +79,17 @@ class FeatureShards:
         # Let go of by the system if the process dies
         with FileLock(self.folder / ".lock"):
             self._claim()
-            missing = self._missing()
-            self._warn_of_full_disk(missing)
-            completed = len(lengths) - sum(len(self.rows[place]) for place in missing)
-            with show_progress("features", len(lengths), completed) as advance:
-                for place in missing:
-                    rows = self.rows[place]
-                    _write_shard(self.paths[place], compute(rows))
+            done = sum(map(len, self._shards()))
+            self._warn_of_full_disk(done)
+            with show_progress("features", len(lengths), done) as advance:
+                seconds_per_byte = None
+                while done < len(lengths):
+                    rows = self._next_rows(done, seconds_per_byte)
+                    start = time.perf_counter()
+                    _write_shard(self._path(rows), compute(rows))
+                    seconds_per_byte = (time.perf_counter() - start) / self._size(rows)
                     advance(len(rows), sum(lengths[rows.start : rows.stop]))
+                    done = rows.stop
 
     def load(self) -> Dataset:
         """Map the shards into memory.
@@ -96,8 +104,8 @@ class FeatureShards:
         import pyarrow.compute
 
         shards = []
-        for path, rows in zip(self.paths, self.rows, strict=True):
-            expected, got = self.row_bytes[rows.start : rows.stop], []
+        for rows in self._shards():
+            path, expected, got = self._path(rows), self.row_bytes[rows.start : rows.stop], []
             try:
                 shards.append(datasets.Dataset.from_file(str(path)))
                 got = pyarrow.compute.binary_length(shards[-1].data["features"]).to_pylist()
@@ -106,13 +114,39 @@ class FeatureShards:
                 described = f"what cannot be read: {error}"
             if got != expected:
                 raise ValueError(
-                    f"expected {len(rows)} rows of {sum(expected)} bytes in {path}, got {described}; remove this file to have "
-                    "it computed again."
+                    f"expected {len(rows)} rows of {sum(expected)} bytes in {path}, got {described}; remove this file and "
+                    "those after it to have them computed again."
                 )
         return datasets.concatenate_datasets(shards)
 
-    def _missing(self) -> list[int]:
-        return [place for place, path in enumerate(self.paths) if not path.exists()]
+    def _shards(self) -> list[range]:
+        """The rows of each shard that follows those before it, from the first row on."""
+        found: dict[int, range] = {}
+        for path in self.folder.glob("features-*.arrow"):
+            if match := _SHARD_NAME.fullmatch(path.name):
+                rows = range(int(match[1]), int(match[2]) + 1)
+                found[rows.start] = rows
+        shards: list[range] = []
+        while (rows := found.get(shards[-1].stop if shards else 0)) is not None:
+            shards.append(rows)
+        return shards
+
+    def _path(self, rows: range) -> Path:
+        return self.folder / f"features-{rows.start:08}-{rows.stop - 1:08}.arrow"
+
+    def _size(self, rows: range) -> int:
+        return sum(self.row_bytes[rows.start : rows.stop])
+
+    def _next_rows(self, start: int, seconds_per_byte: float | None) -> range:
+        """The rows of the next shard, as many as a shard may take of time and memory, and one at least."""
+        if seconds_per_byte is None:
+            return range(start, min(start + _FIRST_ROWS, len(self.row_bytes)))
+        most = min(_SHARD_BYTES, _SHARD_SECONDS / seconds_per_byte)
+        stop, size = start + 1, self.row_bytes[start]
+        while stop < len(self.row_bytes) and size + self.row_bytes[stop] <= most:
+            size += self.row_bytes[stop]
+            stop += 1
+        return range(start, stop)
 
     def _claim(self) -> None:
         """Write what the shards will be computed from or, if there are any, check what they were."""
@@ -134,8 +168,8 @@ class FeatureShards:
                 f"({'; '.join(differences)}): name another folder, or remove this one to have them computed again."
             )
 
-    def _warn_of_full_disk(self, missing: Sequence[int]) -> None:
-        needed = sum(self.row_bytes[row] for place in missing for row in self.rows[place])
+    def _warn_of_full_disk(self, done: int) -> None:
+        needed = sum(self.row_bytes[done:])
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             logger.warning(
@@ -252,17 +286,6 @@ def _comparable(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, 
     for name in sorted(before_config.keys() & config.keys()):
         before[f"config.{name}"], now[f"config.{name}"] = before_config[name], config[name]
     return before, now
-
-
-def _split(row_bytes: Sequence[int]) -> Iterator[range]:
-    """Ranges of rows, each of about the size of a shard."""
-    start = size = 0
-    for row, more in enumerate(row_bytes):
-        if size and size + more > _SHARD_BYTES:
-            yield range(start, row)
-            start, size = row, 0
-        size += more
-    yield range(start, len(row_bytes))
 
 
 def _write_shard(path: Path, features: Sequence[torch.Tensor]) -> None:
