@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_head, make_target
 
-from fspad.cli.smollm2 import find_smollm2
+from fspad.bench.smollm2 import find_smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
