@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fspad import FSPADConfig, FSPADModel
+from fspad.bench.smollm2 import quiet_loading
 from fspad.config_checks import shorten_names
 from fspad.provenance import target_id
 
 from .loading import damage_in_one_line
-from .smollm2 import quiet_loading
 from .source_checkpoint import DROPPED, layer_fields, load_weights, read_config
 
 if TYPE_CHECKING:

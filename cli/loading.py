@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fspad
 from fspad.bench.machine import default_device, native_dtype
 from fspad.bench.questions import encode_dialogue
+from fspad.bench.smollm2 import TARGET_NAME, load_smollm2, quiet_loading
 from fspad.config_checks import shorten
 from fspad.provenance import as_hub_id, check_vocabulary, note_default_revision
-
-from .smollm2 import TARGET_NAME, load_smollm2, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

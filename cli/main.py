@@ -42,7 +42,7 @@ class Dtype(StrEnum):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can put right into a message and exit code 1; anything else keeps its traceback."""
-    from .smollm2 import FetchError
+    from fspad.bench.smollm2 import FetchError
 
     try:
         yield

@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftModel
 from transformers import HfArgumentParser, PreTrainedModel
 
 from fspad.bench.measuring import Comparison, measure
+from fspad.bench.smollm2 import load_smollm2
 from fspad.cli.loading import find_shipped_head, load_head
-from fspad.cli.smollm2 import load_smollm2
 from fspad.cli.train import load_dialogues
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
 from fspad.trainer.data import prepare_dataset

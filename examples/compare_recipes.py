@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fspad import FSPADConfig, FSPADModel
 from fspad.bench.measuring import mean_tokens_per_step, measure
+from fspad.bench.smollm2 import load_smollm2
 from fspad.cli.loading import encode, read_prompts
-from fspad.cli.smollm2 import load_smollm2
 from fspad.cli.train import load_dialogues
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
 from fspad.trainer.data import count_token_frequencies, most_frequent_tokens, prepare_dataset

@@ -31,7 +31,7 @@ COLORS = ("cyan", "green")
 
 def load_smollm2(dtype: Any) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer."""
-    from fspad.cli.smollm2 import load_smollm2
+    from fspad.bench.smollm2 import load_smollm2
 
     return load_smollm2(dtype)
 

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from fspad.cli.smollm2 import load_smollm2
+from fspad.bench.smollm2 import load_smollm2
 from fspad.cli.synthesize import load_prompts
 from fspad.cli.train import (
     HeadArguments,

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from fspad.bench.smollm2 import find_smollm2, load_smollm2
 from fspad.cli.loading import SHIPPED_HEAD, encode
-from fspad.cli.smollm2 import find_smollm2, load_smollm2
 
 pytestmark = [
     pytest.mark.smollm2,
     pytest.mark.skipif(
         find_smollm2() is None,
-        reason="SmolLM2 is not here: `python -c 'from fspad.cli.smollm2 import fetch_smollm2; fetch_smollm2()'`",
+        reason="SmolLM2 is not here: `python -c 'from fspad.bench.smollm2 import fetch_smollm2; fetch_smollm2()'`",
     ),
 ]
 
