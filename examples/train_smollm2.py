@@ -26,7 +26,7 @@ from fspad.cli.train import (
     with_features,
 )
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
-from fspad.trainer.checkpoints import find_checkpoint
+from fspad.trainer.checks import find_checkpoint
 from fspad.trainer.data import prepare_dataset
 from fspad.trainer.synthesize import synthesize
 

@@ -57,7 +57,7 @@ def try_batch(trainer: FSPADTrainer) -> Trial:
             batch = trainer.make_rows(inputs, is_training=True)
             _wait_for(device)
             middle = time.perf_counter()
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():
                 loss, _ = trainer.sum_losses(trainer.model, batch)
             trainer.check_features(batch, inputs)
             loss.backward()

@@ -168,7 +168,7 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
         vars(model.config).pop("use_cache", None)
         check_fsdp(self.accelerator, args.num_draft_steps)
         record_target(model.config, target, processing_class)
-        if args.num_draft_tokens != "measure":
+        if args.num_draft_tokens not in (None, "measure"):
             is_automatic = args.num_draft_tokens == "auto"
             model.config.num_draft_tokens = "auto" if is_automatic else int(args.num_draft_tokens)
         self.add_callback(ClipGradientValues(self.accelerator))
@@ -177,6 +177,8 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
         self.model_accepts_loss_kwargs = True
         self._lm_head: LMHead | None = None
         self._train_sums = self._eval_sums = LossSums()
+        # Since when the speed is counted, and for how long the training stood still since then
+        self._log_start, self._paused = time.perf_counter(), 0.0
         # Of each batch of the running evaluation, until there are enough.
         self._eval_prompts: list[list[Prompt]] = []
         self._plain_answers: dict[Prompt, Any] = {}
@@ -201,7 +203,7 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
         checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         if self.train_dataset is not None and not is_deepspeed_zero3_enabled():
             self.tell(describe(self, try_batch(self)))
-        self._compute_features()
+        self.compute_features()
         self._train_sums, self._log_start, self._paused = LossSums(), time.perf_counter(), 0.0
         output = super().train(checkpoint, **kwargs)
         if self.args.num_draft_tokens == "measure":
@@ -222,7 +224,7 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
         """Rows of one optimizer step, over all devices."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _compute_features(self) -> None:
+    def compute_features(self) -> None:
         """Compute the features of the datasets onto disk, if the arguments say so and they are not there."""
         if self.args.features_dir is None:
             return

@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.utils import logging
 
 from fspad.bench.machine import native_dtype
+from fspad.config_checks import MOST
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +92,7 @@ class FSPADTrainingArguments(TrainingArguments):
         eval_max_new_tokens: Most tokens of such an answer.
         num_draft_tokens: Drafted tokens that the head verifies in a step, saved with it: a number, `"auto"` for as many as
             pay on the machine that it runs on, or `"measure"` to choose at the end of training what was fastest here
-            (`"auto"`, unless a fixed number is faster by more than 5%).
+            (`"auto"`, unless a fixed number is faster by more than 5%). `None` leaves it as the head has it.
     """
 
     learning_rate: float = field(
@@ -161,7 +162,7 @@ class FSPADTrainingArguments(TrainingArguments):
         },
     )
     eval_max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
-    num_draft_tokens: str = field(
+    num_draft_tokens: str | None = field(
         default="measure",
         metadata={
             "help": "Drafted tokens that are verified in a step, saved with the head: a number, `auto`, or `measure` to "

@@ -19,7 +19,7 @@ from fspad import FSPADModel
 from fspad.cli import app
 from fspad.cli.train import load_train_dataset, make_trainer
 from fspad.trainer import features as features_module
-from fspad.trainer.checkpoints import find_checkpoint
+from fspad.trainer.checks import find_checkpoint
 from helpers.dialogues import CHAT, make_tokenizer
 from helpers.models import make_target
 
@@ -155,7 +155,7 @@ def test_features_of_packed_rows_onto_disk(tmp_path, target, dialogues, monkeypa
     other = make_trainer(arguments(tmp_path, target, dialogues, *more[:5], "--feature_noise", 0, "--max_steps", 2))
     batch = other.data_collator([other.train_dataset[0]])
     stored = again.data_collator([again.train_dataset[0]])
-    torch.testing.assert_close(other._make_rows(batch, False).features, again._make_rows(stored, False).features)
+    torch.testing.assert_close(other.make_rows(batch, False).features, again.make_rows(stored, False).features)
 
 
 def test_streams(tmp_path, target, dialogues):
