@@ -219,8 +219,9 @@ class FSPADTrainingArguments(TrainingArguments):
 
     @staticmethod
     def _check_num_draft_tokens(value: Any) -> None:
-        is_number = str(value).isdecimal() and int(value) >= 1
-        if not is_number and value not in ("auto", "measure"):
+        most = MOST["num_draft_tokens"]
+        is_number = str(value).isdecimal() and 1 <= int(value) <= most
+        if not is_number and value not in (None, "auto", "measure"):
             raise ValueError(
-                f"expected num_draft_tokens as a number of at least 1, `auto` or `measure`, got {value!r}"
+                f"expected num_draft_tokens as a number from 1 to {most}, `auto` or `measure`, got {value!r}"
             )
