@@ -65,7 +65,10 @@ def demo(
         ),
     ] = "auto",
     prompts: Annotated[
-        Path | None, typer.Option(help='JSON-lines file with a field "prompt"; by default three built-in prompts.')
+        Path | None,
+        typer.Option(
+            help='JSON-lines file with a field "prompt", or of questions as `fspad bench` takes them; by default three built-in prompts.'
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 3,
