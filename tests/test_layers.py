@@ -53,6 +53,14 @@ def test_examples_do_not_import_the_command_line(path):
     assert path.name in USES_THE_COMMAND_LINE or found == []
 
 
+def test_the_metric_of_evaluate_is_for_users_alone():
+    for path in [*FILES, *EXAMPLES]:
+        if path.name != "draft_acceptance.py":
+            package = LAYERS.get(path.parent.name, "")
+            found = offences(path.read_text(encoding="utf-8"), package, ["evaluate", "fspad.bench.draft_acceptance"])
+            assert found == [], path.name
+
+
 @pytest.mark.parametrize(
     ("source", "package"),
     [

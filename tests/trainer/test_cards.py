@@ -128,6 +128,14 @@ def test_an_adapter_keeps_the_card_of_peft(tmp_path):
     assert not (tmp_path / "README.md").exists()
 
 
+def test_an_adapter_of_the_target_is_named(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    target = get_peft_model(make_target(), LoraConfig(target_modules=["q_proj"]))
+    head = FSPADModel.from_target(make_target())
+    assert make_card(make_trainer(tmp_path, target, head=head)).target_weights == "with an adapter (LORA)"
+
+
 def test_datasets_of_the_hub_are_named():
     dataset = ROWS.select([0])
     assert hub_datasets(dataset) == hub_datasets(None) == []
