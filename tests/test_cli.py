@@ -51,6 +51,7 @@ def test_every_command_has_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "--target" in plain(result.output)
+    assert "--target" not in plain(run("export", "--help").output)
 
 
 def test_help_of_train_lists_the_training_arguments():
