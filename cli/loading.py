@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fspad
 from fspad.bench.machine import default_device, native_dtype
-from fspad.bench.questions import encode_dialogue
+from fspad.bench.questions import encode_dialogue, read_questions
 from fspad.bench.smollm2 import TARGET_NAME, load_smollm2, quiet_loading
 from fspad.config_checks import shorten
 from fspad.provenance import as_hub_id, check_vocabulary, note_default_revision
@@ -154,28 +153,12 @@ def read_prompts(path: Path) -> list[str]:
     """Read prompts from a JSON-lines file.
 
     Args:
-        path: File with one object a line; its field `prompt` is a user's message.
+        path: As [`~fspad.bench.questions.read_questions`] reads it.
 
     Returns:
-        The prompts.
-
-    Raises:
-        ValueError: If a line is no object with a text in `prompt`, or there is no line.
+        The prompts; of a dialogue its first.
     """
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-            if not isinstance(prompt, str):
-                raise TypeError(f"a prompt of type {type(prompt).__name__}")
-        except (ValueError, KeyError, RecursionError, TypeError) as error:
-            raise ValueError(f'{path}:{number}: expected {{"prompt": "..."}}, got {line[:80]!r}') from error
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f'{path} is empty: expected lines such as {{"prompt": "..."}}')
-    return prompts
+    return [question.turns[0] for question in read_questions(path)]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from fspad import FSPADModel
 
 app = typer.Typer(
     name="fspad",
@@ -65,7 +68,10 @@ def demo(
         ),
     ] = "auto",
     prompts: Annotated[
-        Path | None, typer.Option(help='JSON-lines file with a field "prompt"; by default three built-in prompts.')
+        Path | None,
+        typer.Option(
+            help='JSON-lines file with a field "prompt", or of questions as `fspad bench` takes them; by default three built-in prompts.'
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 3,
@@ -88,36 +94,47 @@ def demo(
 @app.command()
 def convert(
     source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", help="Folder or Hub id of an FSPAD or EAGLE-1/2 checkpoint, or of an FSPAD head."
-        ),
+        str, typer.Argument(metavar="SRC", help="Folder or Hub id of an FSPAD or EAGLE-1/2 checkpoint.")
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the result.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the head.")],
     target: Annotated[
         str | None,
-        typer.Option(
-            help="Hub id or folder of the target of a checkpoint; only its configuration is loaded. A head needs none."
-        ),
+        typer.Option(help="Hub id or folder of the target of the checkpoint; only its configuration is loaded."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of SRC on the Hub.")] = None,
 ) -> None:
-    """Convert a checkpoint of the original FSPAD implementation or of EAGLE-1/2 into an FSPAD head, or a head back.
+    """Convert a checkpoint of the original FSPAD implementation or of EAGLE-1/2 into an FSPAD head.
 
-    SRC holds config.json and weights, in safetensors or pickles, whole or in shards. No code in it is ever run. Of an
-    FSPAD head, DST becomes the checkpoint that inference servers read: one Llama-style draft layer with the original
-    weight names.
+    SRC holds config.json and weights, in safetensors or pickles, whole or in shards. No code in it is ever run.
     """
     with one_line_errors():
-        from .convert import convert_checkpoint, is_head
-        from .server_layout import export_head
+        from .convert import convert_checkpoint
 
-        if is_head(source, revision):
-            layout, config = "server layout, ", export_head(source, destination, revision).config
-        else:
-            layout, config = "", convert_checkpoint(source, destination, target, revision).config
+        head = convert_checkpoint(source, destination, target, revision)
+    _say_saved(head, destination)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="HEAD", help="Folder or Hub id of an FSPAD head.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the checkpoint.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of HEAD on the Hub.")] = None,
+) -> None:
+    """Write the checkpoint of a head that inference servers read: one Llama-style draft layer, original weight names.
+
+    `fspad convert` takes it back, bit for bit.
+    """
+    with one_line_errors():
+        from .export import export_head
+
+        head = export_head(source, destination, revision)
+    _say_saved(head, destination)
+
+
+def _say_saved(head: FSPADModel, destination: Path) -> None:
+    config = head.config
     typer.echo(
-        f"Saved to {destination}: {layout}feature_sampling={config.feature_sampling}, "
+        f"Saved to {destination}: feature_sampling={config.feature_sampling}, "
         f"partial_alignment={config.partial_alignment}, dtype={str(config.dtype).removeprefix('torch.')}."
     )
 

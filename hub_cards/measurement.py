@@ -98,17 +98,13 @@ class Measurement:
         everything = Comparison([], [record.answer for record, _ in pairs])
         both = [(plain.answer, record.answer) for record, plain in pairs if plain is not None]
         comparison = Comparison([plain for plain, _ in both], [answer for _, answer in both])
-        lengths = everything.accept_lengths
-        deepest = max(lengths, default=1) - 1
         values = {
             "tau": everything.tau,
             "speedup": comparison.speedup if both else None,
             "tokens_per_second": everything.assisted_speed,
             "num_prompts": len(pairs),
             "task": tasks.pop() if len(tasks) == 1 else None,
-            "acceptance_by_depth": [
-                sum(length > depth for length in lengths) / len(lengths) for depth in range(1, deepest + 1)
-            ],
+            "acceptance_by_depth": everything.acceptance_by_depth,
             "num_plain_prompts": len(both) or None,
             "num_identical": comparison.num_identical if both else None,
         }

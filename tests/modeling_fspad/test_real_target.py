@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from fspad.bench.measuring import mean_tokens_per_step
+from fspad.bench.questions import encode_dialogue
 from fspad.bench.smollm2 import find_smollm2, load_smollm2
-from fspad.cli.loading import SHIPPED_HEAD, encode
+from fspad.cli.loading import SHIPPED_HEAD
 
 pytestmark = [
     pytest.mark.smollm2,
@@ -53,14 +55,14 @@ def test_greedy_texts_are_identical_in_fewer_steps(loaded, monkeypatch, num_draf
     monkeypatch.setattr(head.config, "num_draft_tokens", num_draft_tokens)
     accept_lengths, excused = [], 0
     for prompt in PROMPTS:
-        inputs = encode(tokenizer, prompt, target.device)
+        inputs = encode_dialogue(tokenizer, [prompt], [], target.device)
         plain = generate(target, inputs, do_sample=False, max_new_tokens=80)
         ours = generate(target, inputs, head, do_sample=False, max_new_tokens=80)
         excused += count_excused(plain, ours)
         accept_lengths += ours.accept_lengths.tolist()
     print(f"excused near-ties: {excused}")
     assert excused <= 1
-    assert sum(accept_lengths) / len(accept_lengths) > least
+    assert mean_tokens_per_step(accept_lengths) > least
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
@@ -68,7 +70,7 @@ def test_sampled_texts_are_identical(loaded, options):
     target, tokenizer, head = loaded
     excused = 0
     for prompt in PROMPTS:
-        inputs = encode(tokenizer, prompt, target.device)
+        inputs = encode_dialogue(tokenizer, [prompt], [], target.device)
         plain = generate(target, inputs, do_sample=True, max_new_tokens=50, **options)
         ours = generate(target, inputs, head, do_sample=True, max_new_tokens=50, **options)
         excused += count_excused(plain, ours)
@@ -78,7 +80,7 @@ def test_sampled_texts_are_identical(loaded, options):
 
 def test_options_together(loaded):
     target, tokenizer, head = loaded
-    inputs = encode(tokenizer, PROMPTS[0], target.device)
+    inputs = encode_dialogue(tokenizer, PROMPTS[:1], [], target.device)
     options = {
         "do_sample": False,
         "max_new_tokens": 60,
