@@ -138,7 +138,7 @@ def check_streams(args: FSPADTrainingArguments, train_dataset: Any, eval_dataset
         eval_datasets: The datasets to evaluate on.
 
     Raises:
-        ValueError: If a stream is to be trained on without a number of steps, packed, or put onto disk as features; or if
+        ValueError: If a stream is to be trained on without a number of steps, or to be put onto disk as features; or if
             several processes are to evaluate on one.
     """
     import datasets
@@ -146,9 +146,8 @@ def check_streams(args: FSPADTrainingArguments, train_dataset: Any, eval_dataset
     if isinstance(train_dataset, datasets.IterableDataset):
         if args.max_steps <= 0:
             raise ValueError("expected max_steps with a stream, since it does not tell its length, got none")
-        if args.features_dir is not None or args.packing:
-            got = "packing" if args.packing else "features_dir"
-            raise ValueError(f"expected all dialogues at once for {got}, got a stream: leave out one of the two")
+        if args.features_dir is not None:
+            raise ValueError("expected all dialogues at once for features_dir, got a stream: leave out one of the two")
     if args.world_size == 1:
         return
     if any(isinstance(dataset, datasets.IterableDataset) for dataset in eval_datasets):

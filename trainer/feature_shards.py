@@ -71,7 +71,7 @@ class FeatureShards:
             OSError: If a shard cannot be written.
             ValueError: If the folder holds other features.
         """
-        if len(lengths) == sum(map(len, self._shards())):
+        if not self._missing():
             # Nothing is written, since the folder may allow no more than reading.
             self._check()
             return
@@ -79,17 +79,18 @@ class FeatureShards:
         # Let go of by the system if the process dies
         with FileLock(self.folder / ".lock"):
             self._claim()
-            done = sum(map(len, self._shards()))
-            self._warn_of_full_disk(done)
-            with show_progress("features", len(lengths), done) as advance:
+            missing = self._missing()
+            self._warn_of_full_disk(missing)
+            with show_progress("features", len(lengths), len(lengths) - sum(map(len, missing))) as advance:
                 seconds_per_byte = None
-                while done < len(lengths):
-                    rows = self._next_rows(done, seconds_per_byte)
-                    start = time.perf_counter()
-                    _write_shard(self._path(rows), compute(rows))
-                    seconds_per_byte = (time.perf_counter() - start) / self._size(rows)
-                    advance(len(rows), sum(lengths[rows.start : rows.stop]))
-                    done = rows.stop
+                for gap in missing:
+                    while gap:
+                        rows = self._next_rows(gap, seconds_per_byte)
+                        start = time.perf_counter()
+                        _write_shard(self._path(rows), compute(rows))
+                        seconds_per_byte = (time.perf_counter() - start) / self._size(rows)
+                        advance(len(rows), sum(lengths[rows.start : rows.stop]))
+                        gap = range(rows.stop, gap.stop)
 
     def load(self) -> Dataset:
         """Map the shards into memory.
@@ -114,22 +115,22 @@ class FeatureShards:
                 described = f"what cannot be read: {error}"
             if got != expected:
                 raise ValueError(
-                    f"expected {len(rows)} rows of {sum(expected)} bytes in {path}, got {described}; remove this file and "
-                    "those after it to have them computed again."
+                    f"expected {len(rows)} rows of {sum(expected)} bytes in {path}, got {described}; remove this file to have "
+                    "it computed again."
                 )
         return datasets.concatenate_datasets(shards)
 
     def _shards(self) -> list[range]:
-        """The rows of each shard that follows those before it, from the first row on."""
-        found: dict[int, range] = {}
-        for path in self.folder.glob("features-*.arrow"):
-            if match := _SHARD_NAME.fullmatch(path.name):
-                rows = range(int(match[1]), int(match[2]) + 1)
-                found[rows.start] = rows
-        shards: list[range] = []
-        while (rows := found.get(shards[-1].stop if shards else 0)) is not None:
-            shards.append(rows)
-        return shards
+        """The rows of each shard, in order."""
+        matches = (_SHARD_NAME.fullmatch(path.name) for path in self.folder.glob("features-*.arrow"))
+        shards = (range(int(match[1]), int(match[2]) + 1) for match in matches if match)
+        return sorted(shards, key=lambda rows: rows.start)
+
+    def _missing(self) -> list[range]:
+        """The rows between shards that are in none."""
+        starts = [0, *(rows.stop for rows in self._shards())]
+        stops = [*(rows.start for rows in self._shards()), len(self.row_bytes)]
+        return [range(start, stop) for start, stop in zip(starts, stops, strict=True) if start != stop]
 
     def _path(self, rows: range) -> Path:
         return self.folder / f"features-{rows.start:08}-{rows.stop - 1:08}.arrow"
@@ -137,19 +138,21 @@ class FeatureShards:
     def _size(self, rows: range) -> int:
         return sum(self.row_bytes[rows.start : rows.stop])
 
-    def _next_rows(self, start: int, seconds_per_byte: float | None) -> range:
+    def _next_rows(self, gap: range, seconds_per_byte: float | None) -> range:
         """The rows of the next shard, as many as a shard may take of time and memory, and one at least."""
-        if seconds_per_byte is None:
-            return range(start, min(start + _FIRST_ROWS, len(self.row_bytes)))
-        most = min(_SHARD_BYTES, _SHARD_SECONDS / seconds_per_byte)
-        stop, size = start + 1, self.row_bytes[start]
-        while stop < len(self.row_bytes) and size + self.row_bytes[stop] <= most:
+        most = _SHARD_BYTES if seconds_per_byte is None else min(_SHARD_BYTES, _SHARD_SECONDS / seconds_per_byte)
+        stop, size = gap.start + 1, self.row_bytes[gap.start]
+        while stop < gap.stop and size + self.row_bytes[stop] <= most:
+            if seconds_per_byte is None and stop - gap.start == _FIRST_ROWS:
+                break
             size += self.row_bytes[stop]
             stop += 1
-        return range(start, stop)
+        return range(gap.start, stop)
 
     def _claim(self) -> None:
         """Write what the shards will be computed from or, if there are any, check what they were."""
+        for part in self.folder.glob("*.part"):
+            part.unlink()  # of a run that was killed
         if any(self.folder.glob("features-*.arrow")):
             self._check()
         else:
@@ -168,8 +171,8 @@ class FeatureShards:
                 f"({'; '.join(differences)}): name another folder, or remove this one to have them computed again."
             )
 
-    def _warn_of_full_disk(self, done: int) -> None:
-        needed = sum(self.row_bytes[done:])
+    def _warn_of_full_disk(self, missing: Sequence[range]) -> None:
+        needed = sum(map(self._size, missing))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             logger.warning(

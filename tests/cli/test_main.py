@@ -181,7 +181,6 @@ def test_synthesize_then_train_then_demo(pair, prompts, tmp_path):
     ("arguments", "message"),
     [
         ((), "got neither"),
-        (("--train_file", "a.jsonl", "--dataset", "b"), "got both"),
         (("--train_file", "missing.jsonl"), "no such file: missing.jsonl"),
     ],
 )
