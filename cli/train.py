@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import yaml
@@ -83,6 +84,17 @@ class DataArguments:
     )
 
 
+class HyphenFormatter(ArgumentDefaultsHelpFormatter):
+    """Shows each name once, with hyphens, and the value in capitals."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names = [name for name in action.option_strings if "_" not in name] or action.option_strings
+        if action.nargs == 0:
+            return ", ".join(names)
+        values = self._format_args(action, action.dest.upper().rpartition("_")[2])
+        return f"{', '.join(names)} {values}"
+
+
 class TrainParser(HfArgumentParser):
     """The parser of `fspad train`: names with hyphens or underscores, and help in groups."""
 
@@ -93,6 +105,7 @@ class TrainParser(HfArgumentParser):
             usage="fspad train [CONFIG.yaml] [--name value ...]",
             description="CONFIG.yaml may hold any of the arguments; what is given on the command line overrules it. Names "
             "may be written with hyphens or underscores.",
+            formatter_class=HyphenFormatter,
         )
         stock = {entry.name for entry in dataclasses.fields(TrainingArguments)}
         own = {entry.name for entry in dataclasses.fields(arguments_class)}
@@ -103,6 +116,10 @@ class TrainParser(HfArgumentParser):
             **dict.fromkeys(changed, "training of a head"),
             **{entry.name: "target, head and dialogues" for entry in dataclasses.fields(DataArguments)},
         }
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, as all commands do."""
+        raise ValueError(f"{message}; see `fspad train --help`")
 
     def format_help(self) -> str:
         """Help in groups, the most needed ones first."""
@@ -140,7 +157,9 @@ def parse(arguments: list[str]) -> tuple[DataArguments, FSPADTrainingArguments]:
     data, _ = parser.parse_known_args(arguments)
     if data.preset == "paper":
         parser.set_defaults(**PAPER)
-    options, training = parser.parse_args_into_dataclasses(arguments)
+    options, training, *unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown := [word for words in unknown for word in words]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     if options.eval_file is not None and not _is_given("eval_strategy", arguments):
         training = dataclasses.replace(training, eval_strategy="epoch")
     return options, training
@@ -214,7 +233,8 @@ def read_config(parser: HfArgumentParser, arguments: list[str]) -> list[str]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no such file: {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected YAML in {path}, got what cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"expected YAML in {path}, got what cannot be read: {reason}") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected lines of `name: value` in {path}, got {type(values).__name__}")
     known = {action.dest for action in parser._actions}
