@@ -66,6 +66,7 @@ def run_demo(
     max_new_tokens: int,
     num_prompts: int,
     temperature: float,
+    num_draft_tokens: int | None = None,
 ) -> bool:
     """Load everything, compare, and print.
 
@@ -80,6 +81,8 @@ def run_demo(
     with console.status("Loading the head and its target ..."):
         dtype = choose_dtype(dtype_name, default_device())
         target, tokenizer, head = load_pair(head_name or str(find_shipped_head()), target_name, dtype)
+    if num_draft_tokens is not None:
+        head.config.num_draft_tokens = num_draft_tokens
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Answering plain and with FSPAD in turn", total=2 * len(prompts))

@@ -18,6 +18,8 @@ app = typer.Typer(
     help="Lossless speculative decoding native to Hugging Face transformers.",
     no_args_is_help=True,
     add_completion=False,
+    # Names with underscores are those of Python, and mean the same
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
 
 # What is wrong can be said shorter, whatever a file holds
@@ -76,6 +78,10 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 3,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding.")] = 0.0,
+    num_draft_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Drafted tokens in a step; by default what the head is saved with."),
+    ] = None,
 ) -> None:
     """Answer a few prompts plain and with FSPAD, compare the texts, and measure the speed.
 
@@ -86,7 +92,9 @@ def demo(
 
         from .demo import run_demo
 
-        is_fine = run_demo(Console(), head, target, dtype, prompts, max_new_tokens, num_prompts, temperature)
+        is_fine = run_demo(
+            Console(), head, target, dtype, prompts, max_new_tokens, num_prompts, temperature, num_draft_tokens
+        )
     if not is_fine:
         raise typer.Exit(1)
 

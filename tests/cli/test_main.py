@@ -46,7 +46,7 @@ def test_every_command_has_help(command):
 
 def test_help_of_train_lists_the_training_arguments():
     output = plain(run("train", "--help").output)
-    assert all(name in output for name in ("--draft_vocab_size", "--learning_rate", "--feature_loss_weight"))
+    assert all(name in output for name in ("--draft-vocab-size", "--learning-rate", "--feature-loss-weight"))
 
 
 def test_demo_answers_are_identical_and_measured(pair, prompts):
@@ -59,6 +59,23 @@ def test_demo_answers_are_identical_and_measured(pair, prompts):
     assert output.endswith("fp32 check: identical.")
     assert "float32" in output
     assert "tau" in output
+
+
+def test_demo_with_drafts_of_a_given_size(pair, prompts, monkeypatch):
+    target, head = pair
+    stock, sizes = fspad.cli.demo.compare, []
+    monkeypatch.setattr(
+        fspad.cli.demo,
+        "compare",
+        lambda target, head, *args: sizes.append(head.config.num_draft_tokens) or stock(target, head, *args),
+    )
+    options = ("--head", head, "--target", target, "--prompts", prompts, "--num-prompts", 1, "--max-new-tokens", 4)
+    # Names with hyphens or underscores
+    for more in ((), ("--num-draft-tokens", 6), ("--num_draft_tokens", 7)):
+        result = run("demo", *options, *more)
+        assert result.exit_code == 0, result.output
+    assert sizes[1:] == [6, 7]
+    assert run("demo", *options, "--num-draft-tokens", 0).exit_code == 2
 
 
 def test_demo_samples_with_a_temperature(pair, prompts):
