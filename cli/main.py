@@ -149,9 +149,7 @@ def train(context: typer.Context) -> None:
     with one_line_errors():
         from .train import make_trainer, run_training
 
-        trainer = make_trainer(context.args)
-    # Outside: an error in the middle of a training needs its traceback.
-    run_training(trainer)
+        run_training(make_trainer(context.args))
 
 
 @app.command()

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent / "families"), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from cases import compare, run  # noqa: E402
-from conftest import make_head, make_target  # noqa: E402
+import torch
+import transformers
+
+from families.cases import compare, run
+from helpers.models import make_head, make_target
 
 NUM_THREADS = 4
 NUM_HEADS = 2

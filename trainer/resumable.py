@@ -138,21 +138,26 @@ def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 @contextmanager
-def say_how_to_go_on(path: Path) -> Iterator[None]:
+def say_how_to_go_on(path: Path, how: str = "run the same again") -> Iterator[None]:
     """Tell, of what cannot be written inside of the `with` block, that what is there is kept.
 
     Args:
         path: What is written.
+        how: How to go on.
 
     Raises:
         OSError: In place of the one that the block raises.
     """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        # Writers of weights have errors of their own for a full disk
+        is_full = isinstance(error, OSError) or "No space left" in str(error) or "PytorchStreamWriter" in str(error)
+        if not is_full:
+            raise
         raise OSError(
-            f"could not write to {path} ({error.strerror or error}). What was written before is kept: make room, and run "
-            "the same again to go on."
+            f"could not write to {path} ({getattr(error, 'strerror', None) or error}). What was written before is kept: "
+            f"make room, and {how} to go on."
         ) from error
 
 

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from conftest import make_head
-from images import image_inputs
-from inside import draft_the_truth, watching_mode
-from tiny_models import FIRST_SPECIAL, MAX_POSITIONS, VOCAB_SIZE, WINDOW, TinyType, build
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.models.auto import modeling_auto
+
+from families.images import image_inputs
+from families.inside import draft_the_truth, watching_mode
+from families.tiny_models import FIRST_SPECIAL, MAX_POSITIONS, VOCAB_SIZE, WINDOW, TinyType, build
+from helpers.models import make_head
 
 NEAR_TIE = 1e-4
 NEW_TOKENS = 20

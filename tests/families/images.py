@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tiny_models import FIRST_SPECIAL
 from transformers import PreTrainedModel
+
+from families.tiny_models import FIRST_SPECIAL
 
 
 def image_inputs(target: PreTrainedModel, prompt: torch.Tensor) -> dict[str, Any] | None:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tiny_models import FIRST_SPECIAL
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from families.tiny_models import FIRST_SPECIAL
 from fspad.candidates import Candidates
 from fspad.draft_source import DraftSource, Emitted
 

@@ -16,13 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from cases import CASES, cases_of, check  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
-from tiny_models import TinyType, all_types  # noqa: E402
+
+from families.cases import CASES, cases_of, check  # noqa: E402
+from families.tiny_models import TinyType, all_types  # noqa: E402
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """One type for every way in which families differ; `python tests/families/matrix.py` runs all types and all cases."""
 
 import pytest
-from cases import CASES, check
-from tiny_models import TinyType
+
+from families.cases import CASES, check
+from families.tiny_models import TinyType
 
 EVERYWHERE = ("sampled", "padded, sampled, eager", "second turn, padded")
 POSITIONS = ("positions", "positions up to the limit", "limit")

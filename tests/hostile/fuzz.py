@@ -24,17 +24,23 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # Read when they are imported
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="fspad-modules-")}
 
-import peft  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-import typer  # noqa: E402
-from conftest import make_head, make_target, tiny_tokenizer  # noqa: E402
-from files import (  # noqa: E402
+import peft
+import torch
+import transformers
+import typer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from fspad import FSPADConfig, FSPADModel
+from fspad.cli import app
+from helpers.goldens import read_golden
+from helpers.models import make_head, make_target, tiny_tokenizer
+from hostile.files import (
     any_json,
     any_value,
     bad_index,
@@ -44,12 +50,6 @@ from files import (  # noqa: E402
     odd_file,
     odd_weights,
 )
-from goldens import read_golden  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModel  # noqa: E402
-
-from fspad import FSPADConfig, FSPADModel  # noqa: E402
-from fspad.cli import app  # noqa: E402
 
 MOST_SECONDS = 5.0
 MOST_BYTES = 200 * 2**20

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from conftest import make_target
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from test_trainer import make_dataset, make_trainer
 
 import fspad
 from fspad import FSPADConfig, FSPADModel
 from fspad.hub_cards import Training
 from fspad.trainer.cards import describe_training, hub_datasets, make_card
+from helpers.models import make_target
+from helpers.trainers import make_dataset, make_trainer
 
 TARGET, SHA = "somebody/target", "89abcdef0123456789abcdef0123456789abcdef"
 # Two dialogues with 3 and 5 tokens of the assistant: the first of each is given when drafting begins.
@@ -119,7 +119,8 @@ def test_only_the_first_process_writes(trained, tmp_path, monkeypatch):
 
 def test_an_adapter_keeps_the_card_of_peft(tmp_path):
     from peft import LoraConfig
-    from test_trainer import FSPADTrainer, FSPADTrainingArguments
+
+    from helpers.trainers import FSPADTrainer, FSPADTrainingArguments
 
     target = make_target()
     args = FSPADTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
