@@ -9,7 +9,7 @@ from typing import Any
 
 from fspad.bench.markdown import count, inline, table
 
-_EVALUATED = re.compile(r"eval_(?:(?P<prompts>.+)_)?(?P<what>tau|speedup|accuracy(?:_depth_(?P<depth>\d+))?)")
+_EVALUATED = re.compile(r"eval_(?:(?P<prompts>.+)_)?(?P<what>tau|speedup|accuracy(?:_depth_\d+)?)")
 MOST_ROWS = 10
 
 
