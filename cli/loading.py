@@ -1,4 +1,4 @@
-"""What the commands load: targets, heads, and prompts."""
+"""What the commands load: targets and heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fspad
 from fspad.bench.machine import default_device, native_dtype
-from fspad.bench.questions import encode_dialogue, read_questions
 from fspad.bench.smollm2 import TARGET_NAME, load_smollm2, quiet_loading
 from fspad.config_checks import shorten
 from fspad.provenance import as_hub_id, check_vocabulary, note_default_revision
@@ -147,29 +146,3 @@ def load_pair(
     target, tokenizer = load_target(target_name, dtype)
     check_vocabulary(head.config, tokenizer)
     return target, tokenizer, head.to(target.device)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a JSON-lines file.
-
-    Args:
-        path: As [`~fspad.bench.questions.read_questions`] reads it.
-
-    Returns:
-        The prompts; of a dialogue its first.
-    """
-    return [question.turns[0] for question in read_questions(path)]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """Tokenize a prompt, as a chat where the tokenizer has a template.
-
-    Args:
-        tokenizer: The target's tokenizer.
-        prompt: A user's message.
-        device: Device of the target.
-
-    Returns:
-        `input_ids` and `attention_mask`, of shape `(1, length)`.
-    """
-    return encode_dialogue(tokenizer, [prompt], [], device)
