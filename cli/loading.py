@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fspad
-from fspad.bench.machine import default_device, native_dtype
+from fspad.bench.machine import default_device, native_dtype, target_dtype
 from fspad.bench.smollm2 import TARGET_NAME, load_smollm2, quiet_loading
 from fspad.config_checks import shorten
 from fspad.provenance import as_hub_id, check_vocabulary, note_default_revision
@@ -46,18 +46,20 @@ def load_target(name: str | None, dtype: torch.dtype | None = None) -> tuple[Pre
 
     Args:
         name: Hub id or folder; `None` for SmolLM2-135M-Instruct without the Hub.
-        dtype: Dtype of the weights; `None` for that of the checkpoint (float32 for SmolLM2 without the Hub).
+        dtype: Dtype of the weights; `None` for the one that a processor computes in natively, and on an accelerator for that
+            of the checkpoint.
 
     Returns:
         The model in evaluation mode and the tokenizer.
     """
+    dtype = dtype or target_dtype()
     if name is None:
-        target, tokenizer = load_smollm2(dtype)
+        target, tokenizer = load_smollm2(None if dtype == "auto" else dtype)
     else:
         with quiet_loading(), damage_in_one_line(f"the target {name}"):
             # The name may come from a head: nobody is asked at the terminal whether its code may run
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False)
+            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         note_default_revision(target.config)
     return target.to(default_device()).eval(), tokenizer
 

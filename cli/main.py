@@ -193,7 +193,11 @@ def synthesize(
         str | None, typer.Option(help="Hub id or folder of the target; by default SmolLM2-135M-Instruct.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Dtype of the target; by default that of the checkpoint.")
+        Dtype | None,
+        typer.Option(
+            help="Dtype of the target: on a processor by default the one that it computes in natively, on an accelerator "
+            "that of the checkpoint."
+        ),
     ] = None,
     temperature: Annotated[
         list[float] | None,

@@ -190,15 +190,14 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
     from fspad.trainer import FSPADTrainer
     from fspad.trainer.checks import check_output_dir, find_checkpoint
     from fspad.trainer.dialogues import load_dialogues
-    from fspad.trainer.loading import target_dtype
 
     options, training = parse(arguments)
     check_output_dir(training.output_dir)
     training.resume_from_checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
     parts = load_parts(options, training.seed)
     eval_dataset = load_dialogues(options.eval_file) if options.eval_file else None
-    dtype = target_dtype(training.device) if options.target_dtype == "auto" else getattr(torch, options.target_dtype)
-    target, tokenizer = load_target(options.target, None if dtype == "auto" else dtype)
+    dtype = None if options.target_dtype == "auto" else getattr(torch, options.target_dtype)
+    target, tokenizer = load_target(options.target, dtype)
     # A new head is the same one in every run, and in every process, of each of which FSDP takes a part.
     set_seed(training.seed)
     return FSPADTrainer(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from fspad import FSPADModel
-from fspad.bench.machine import default_device, native_dtype
+from fspad.bench.machine import target_dtype
 from fspad.provenance import note_default_revision
 
 from .data import count_token_frequencies, most_frequent_tokens
@@ -22,20 +22,6 @@ logger = logging.get_logger(__name__)
 
 # So many rows of a stream tell which tokens are frequent.
 _COUNTED_ROWS = 10_000
-
-
-def target_dtype(device: torch.device | None = None) -> torch.dtype | str:
-    """The dtype to load a target in.
-
-    Args:
-        device: Where it is to run; by default on the accelerator, if there is one.
-
-    Returns:
-        On a processor the dtype that it computes in natively, in which `fspad demo` and `fspad bench` run targets too; on
-        an accelerator "auto", for that of the checkpoint.
-    """
-    device = device or default_device()
-    return native_dtype(device) if device.type == "cpu" else "auto"
 
 
 def load_target(name: str, device: torch.device | None = None) -> PreTrainedModel:

@@ -274,7 +274,7 @@ def logits_loss(
     label_features: torch.Tensor,
     mask: torch.Tensor,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
-    chunk_size: int = 128,
+    chunk_size: int = 64,
     top_k: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Soft cross-entropy of the draft's distribution against the target's, summed over rows.
@@ -327,7 +327,7 @@ class _ChunkedSoftCrossEntropy(torch.autograd.Function):
                     logits = lm_head(drafts)
                 counted = mask[step, chunk].to(logits.device)
                 log_probs = F.log_softmax(_at_least_fp32(logits.detach()), dim=-1)
-                loss[step] -= (torch.linalg.vecdot(probs, log_probs) * counted).sum().to(loss.device)
+                loss[step] -= ((probs * log_probs).sum(dim=-1) * counted).sum().to(loss.device)
                 agrees, is_near = _agreement(log_probs, best, top_k if step == 0 else 1)
                 correct[step] += (agrees & counted).sum().to(correct.device)
                 in_top_k[step] += (is_near & counted).sum().to(correct.device)

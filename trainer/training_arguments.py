@@ -152,7 +152,7 @@ class FSPADTrainingArguments(TrainingArguments):
         metadata={"help": "Width of the uniform noise on the input features at 512 tokens; it shrinks as 1/length."},
     )
     logits_chunk_size: int = field(
-        default=128, metadata={"help": "Positions whose logits over the vocabulary are held in memory at once."}
+        default=64, metadata={"help": "Positions whose logits over the vocabulary are held in memory at once."}
     )
     num_eval_prompts: int = field(
         default=4,

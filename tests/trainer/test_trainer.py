@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 
 from fspad import FSPADConfig, FSPADModel
+from fspad.bench.machine import target_dtype
 from fspad.trainer import PAPER, DataCollatorForFSPAD, FSPADTrainer, FSPADTrainingArguments, training_arguments
 from fspad.trainer.data import prepare_dataset
-from fspad.trainer.loading import target_dtype
 from fspad.trainer.loss import LossSums
 from helpers.dialogues import MARKERS, make_tokenizer
 from helpers.models import make_target
