@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+_COLUMNS = ("index", "temperature", "messages", "prompt_ids", "response_ids")
 # Prompts of so many batches are sorted by length, for less padding.
 _WINDOW = 8
 # After so many attempts in a row without a new prompt, a target is taken to have no more.
@@ -66,9 +67,7 @@ def synthesize(
             target or other settings, no prompt is short enough, or the target gives NaN or infinity.
     """
     check_settings(target, tokenizer, temperatures, max_new_tokens)
-    if _knows_more(tokenizer, target):
-        for index, prompt in enumerate(prompts):
-            _check_ids(_prompt_ids(tokenizer, prompt), target, f"prompt {index} ({prompt[:80]!r})")
+    _check_prompts(prompts, target, tokenizer)
     settings = _settings(target, temperatures, max_new_tokens, seed)
     file = ResumableFile(Path(output_file), settings)
     done = _read_done(file, prompts)
@@ -81,19 +80,10 @@ def synthesize(
             heat = [settings["temperatures"][index % len(temperatures)] for index in indices]
             seeds = [f"{seed} answer {index}" for index in indices]
             answers = complete(target, prompt_ids, heat, max_new_tokens, end_ids, seeds)
-            file.append(
-                {
-                    "index": index,
-                    "temperature": temperature,
-                    "messages": [
-                        _user(prompts[index]),
-                        {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)},
-                    ],
-                    "prompt_ids": ids,
-                    "response_ids": answer,
-                }
-                for index, temperature, ids, answer in zip(indices, heat, prompt_ids, answers, strict=True)
-            )
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            messages = [[_user(prompts[index]), _assistant(text)] for index, text in zip(indices, texts, strict=True)]
+            columns = (indices, heat, messages, prompt_ids, answers)
+            file.append(dict(zip(_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True))
             written += len(batch)
             advance(len(batch), sum(map(len, answers)))
     _report_too_long(len(prompts), len(done) + written, longest)
@@ -184,9 +174,11 @@ def _num_positions(target: PreTrainedModel) -> float:
     return positions if isinstance(positions, int) and positions > 0 else float("inf")
 
 
-def _knows_more(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> bool:
-    """Whether a tokenizer has tokens that the target has no embedding of."""
-    return max(tokenizer.get_vocab().values(), default=0) >= target.get_input_embeddings().weight.shape[0]
+def _check_prompts(prompts: Sequence[str], target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the target can read all prompts, if its tokenizer has tokens that the target does not."""
+    if max(tokenizer.get_vocab().values(), default=0) >= target.get_input_embeddings().weight.shape[0]:
+        for index, prompt in enumerate(prompts):
+            _check_ids(_prompt_ids(tokenizer, prompt), target, f"prompt {index} ({prompt[:80]!r})")
 
 
 def _check_ids(ids: Sequence[int], target: PreTrainedModel, where: str) -> None:
@@ -219,6 +211,10 @@ def _batches(
 
 def _user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
