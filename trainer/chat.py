@@ -51,6 +51,11 @@ def mark_messages(
         return []
     _check_messages(messages)
     check_chat_template(tokenizer, "or pass `prompt` and `completion` as text")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"expected a tokenizer that tells where in a text its tokens are, got {type(tokenizer).__name__}, which is written "
+            "in Python; pass `prompt` and `completion` as text, or token ids."
+        )
     # Arrow gives every dictionary the keys of all others
     messages = _without_none(messages)
     has_blocks = _GENERATION_BLOCK.search(tokenizer.get_chat_template())

@@ -50,19 +50,17 @@ def complete(
     input_ids, attention_mask, position_ids = _pad_left(prompts, device)
     temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
     draws = [random.Random(seed) for seed in (seeds or map(str, range(len(prompts))))]
-    cache = _make_cache(target)
-    kwargs = {"past_key_values": cache, "use_cache": True}
+    kwargs = {"past_key_values": (cache := _make_cache(target)), "use_cache": True}
     if target._supports_logits_to_keep():
         kwargs["logits_to_keep"] = 1
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
-    ended: set[int] = set()
+    rows, ended = list(range(len(prompts))), set[int]()
     for _ in range(max_new_tokens):
         outputs = target(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         _check_cache(target, outputs)
-        uniform = torch.tensor([draws[row].random() for row in rows], dtype=torch.float32, device=device)
         logits = outputs.logits[:, -1].float()
         _check_finite(logits, [row not in ended for row in rows], target)
+        uniform = torch.tensor([draws[row].random() for row in rows], dtype=torch.float32, device=device)
         tokens = _next_tokens(logits, temperature, uniform)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row not in ended:

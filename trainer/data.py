@@ -48,8 +48,7 @@ def prepare_dataset(
 
             - `input_ids` and `assistant_mask`, with `position_ids` if rows are packed;
             - `prompt_ids` and `response_ids`;
-            - `messages`, a chat of which every turn of the assistant counts; one row for each turn, if the chat template
-              changes turns when others follow;
+            - `messages`, a chat of which every turn of the assistant counts, maybe in a row of its own ([`mark_messages`]);
             - `prompt` and `completion`: two texts, of which the completion counts and gets the tokenizer's end token,
               or two lists of messages, of which the assistant's turns in the completion count, and in the prompt not.
         processing_class: The target's tokenizer; only needed for messages and text.

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import fspad.trainer.marked_text as module
 from fspad.trainer.rows import dialogue_rows, window_start
@@ -157,3 +157,14 @@ def test_errors_show_the_beginning_of_a_long_dialogue(tokenizer):
     with pytest.raises(ValueError, match="can render") as caught:
         to_row(tokenizer, ("messages",), [[{"role": "user", "content": text}]], 20)
     assert len(str(caught.value)) < 1000
+
+
+def test_tokenizers_that_do_not_tell_where_tokens_are():
+    tokenizer = ByT5Tokenizer()
+    # Three special tokens come before the bytes, and each text gets the second of them at its end
+    ids = [*range(ord("a") + 3, ord("f") + 3), 1, *range(ord("f") + 3, ord("i") + 3), 1]
+    row = to_row(tokenizer, ("prompt", "completion"), ["abcde", "fgh"], 7)
+    assert row == (ids[3:], [0, 0, 0, 1, 1, 1, 1])
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(ValueError, match="tells where in a text its tokens are, got ByT5Tokenizer, which"):
+        to_row(tokenizer, ("messages",), [[{"role": "user", "content": "hi"}]], 8)
