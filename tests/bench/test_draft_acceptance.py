@@ -1,10 +1,7 @@
 """The metric for `evaluate`, loaded from its file."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
@@ -13,6 +10,7 @@ import torch
 
 from fspad.bench import measuring
 from fspad.bench.measuring import Answer, Comparison, acceptance_by_depth, mean_tokens_per_step
+from helpers import fresh
 
 PATH = Path(measuring.__file__).with_name("draft_acceptance.py")
 
@@ -110,9 +108,6 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 
 
 def test_offline_in_processes_and_threads_that_share_a_cache(tmp_path):
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(PATH)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == {"taus": [list(range(1, 9))] * 2, "imports_fspad": False}
+    environment = {"HF_HOME": str(tmp_path), "HF_EVALUATE_OFFLINE": "1"}
+    output = fresh.run(SCRIPT, tmp_path, PATH, environment=environment)
+    assert json.loads(output) == {"taus": [list(range(1, 9))] * 2, "imports_fspad": False}

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from fspad.cli import app
 from fspad.cli.train import DataArguments, load_parts, make_trainer
 from fspad.trainer import features as features_module
 from fspad.trainer.checks import find_checkpoint
+from helpers import fresh
 from helpers.dialogues import CHAT, make_tokenizer
 from helpers.models import make_target
 
@@ -189,19 +188,18 @@ def test_training_goes_on_after_a_kill(tmp_path, target, dialogues):
     head = tmp_path / "head"
     more = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2, "--logging_steps", 1)
     more += ("--num_draft_steps", 2, "--features_dir", tmp_path / "features")
-    command = [sys.executable, "-c", "from fspad.cli import app; app()", "train"]
-    command += arguments(tmp_path, target, dialogues, "--max_steps", 10_000, *more)
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+    command = ["train", *arguments(tmp_path, target, dialogues, "--max_steps", 10_000, *more)]
+    process = fresh.start("from fspad.cli import app; app()", tmp_path, tmp_path / "log", *command)
     try:
         until = time.monotonic() + 300
         while not list(head.glob("checkpoint-*/trainer_state.json")):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < until, (tmp_path / "log").read_text()
-            time.sleep(0.2)
+            assert process.is_alive(), (tmp_path / "log.err").read_text()
+            assert time.monotonic() < until, (tmp_path / "log.err").read_text()
+            time.sleep(0.05)
     finally:
         process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     # What a kill in the middle of saving leaves
     half = head / "checkpoint-9998"
     half.mkdir()

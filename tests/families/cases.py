@@ -18,6 +18,7 @@ from families.tiny_models import FIRST_SPECIAL, MAX_POSITIONS, VOCAB_SIZE, WINDO
 from helpers.models import make_head
 
 NEAR_TIE = 1e-4
+NOT_REPEATED = "plain decoding does not repeat itself"
 NEW_TOKENS = 20
 SECONDS = 90  # of one case, before it counts as hanging
 
@@ -240,7 +241,7 @@ def _check(tiny_type: TinyType, case: Case, dtype: torch.dtype) -> Result:
         # States that a family keeps on the model may outlive a call
         again = _turns(target, options, case.turns, None)
         if _compare_turns(plain, again)[0] != "identical":
-            result.outcome, result.detail = "not applicable", "plain decoding does not repeat itself"
+            result.outcome, result.detail = "not applicable", NOT_REPEATED
     return result
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from families.cases import CASES, check
+from families.cases import CASES, NOT_REPEATED, check
 from families.tiny_models import TinyType
+from helpers.comparing import count_comparison, excuse
 
 EVERYWHERE = ("sampled", "padded, sampled, eager", "second turn, padded")
 POSITIONS = ("positions", "positions up to the limit", "limit")
@@ -62,25 +63,19 @@ QUICK = {
     "idefics3 (image)": ("image",),
 }
 PAIRS = [(name, case) for name, own in QUICK.items() for case in dict.fromkeys((*EVERYWHERE, *own))]
-MOST_EXCUSED = 0.02  # of all pairs
-excused = []
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS, ids=lambda value: value)
 def test_text_is_that_of_plain_decoding(name, case):
     result = check(TinyType.parse(name), CASES[case])
-    if result.outcome == "near tie":
-        excused.append((name, case, result.detail))
+    count_comparison()
+    if result.outcome == "near tie" or result.detail == NOT_REPEATED:
+        excuse(f"{name}, {case}: {result.detail}")
     elif result.outcome == "not applicable":
         pytest.skip(result.detail)
     else:
         assert result.outcome == "identical", f"{result.outcome}: {result.detail} ({result.mode})"
         assert result.accepted > 1 or result.mode == "plain", "no draft was accepted, so nothing was tested"
-
-
-def test_near_ties_are_few():
-    print(f"excused near ties: {excused}")
-    assert len(excused) <= MOST_EXCUSED * len(PAIRS), excused
 
 
 def test_types_are_written_as_they_are_read():

@@ -2,7 +2,7 @@
 
     python tests/hostile/fuzz.py --seed 0 --count 500
 
-No code of theirs may run, no way in may take over five seconds or 200 MB more than with honest files, and what is wrong
+No code of theirs may run, no way in may take over five seconds of a processor or 200 MB more than with honest files, and what is wrong
 is said by a `ValueError` or `OSError`, on the command line in one message without a stack trace. Prints what broke that,
 and ends with code 1 if anything did.
 """
@@ -52,6 +52,7 @@ from hostile.files import (
 )
 
 MOST_SECONDS = 5.0
+MOST_WAITING = 60.0  # seconds, however busy the machine is
 MOST_BYTES = 200 * 2**20
 FIELDS = [*FSPADConfig.__annotations__, "auto_map", "architectures", "dtype", "quantization_config", "num_labels"]
 OLD_FIELDS = ["rope_scaling", "rope_theta", "bias", "torch_dtype", "num_labels", "model_type", "head_dim", "d2t"]
@@ -288,7 +289,7 @@ def run_alone(way: str, folder: Path, log: Path) -> tuple[str, float, int]:
     """Take a way in, in a process of its own.
 
     Returns:
-        How it ended, the seconds, and the bytes that the process took at most.
+        How it ended, and the seconds of a processor and the bytes that the process took at most.
     """
     start = time.perf_counter()
     pid = os.fork()
@@ -304,10 +305,10 @@ def run_alone(way: str, folder: Path, log: Path) -> tuple[str, float, int]:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
             break
-        if time.perf_counter() - start > 2 * MOST_SECONDS:
+        if time.perf_counter() - start > MOST_WAITING:
             os.kill(pid, 9)
         time.sleep(0.005)
-    seconds = time.perf_counter() - start
+    seconds = usage.ru_utime + usage.ru_stime
     code = os.waitstatus_to_exitcode(status)
     ends = {0: "accepted", 1: "refused", 2: "trace"}
     return ends.get(code, f"died with {code}"), seconds, usage.ru_maxrss * 1024

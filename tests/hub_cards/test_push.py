@@ -263,52 +263,57 @@ target = AutoModelForCausalLM.from_pretrained("target")
 inputs = tokenizer("w1 w2 w3", return_tensors="pt")
 options = {"max_new_tokens": 20, "do_sample": False}
 plain = target.generate(**inputs, **options)
-files, token = sys.argv[1:]
+token, *repositories = sys.argv[1:]
 
 def is_faster(output):
     assert torch.equal(output.sequences, plain)
     return output.accept_lengths.float().mean() > 1
 
-# One: a loaded head, at the revision that the card pins
-head = AutoModel.from_pretrained("user/head", revision=files, trust_remote_code=True)
-assert files in type(head).__module__
-assert is_faster(target.generate(**inputs, assistant_model=head, return_dict_in_generate=True, **options))
+def use_in_three_ways(name, files):
+    # One: a loaded head, at the revision that the card pins
+    head = AutoModel.from_pretrained(name, revision=files, trust_remote_code=True)
+    assert files in type(head).__module__
+    assert is_faster(target.generate(**inputs, assistant_model=head, return_dict_in_generate=True, **options))
 
-# Two: no head at all
-by_id = {"custom_generate": "user/head", "trust_remote_code": True, "return_dict_in_generate": True, **options}
-assert is_faster(target.generate(**inputs, revision=files, **by_id))
-name = f"transformers_modules.user.head.{files}.custom_generate.generate"
-(kept,) = sys.modules[name]._kept.values()
-assert files in type(kept).__module__
-assert is_faster(target.generate(**inputs, **by_id))
-assert len([name for name in sys.modules if name.endswith("custom_generate.generate")]) == 2, "another commit"
+    # Two: no head at all
+    by_id = {"custom_generate": name, "trust_remote_code": True, "return_dict_in_generate": True, **options}
+    assert is_faster(target.generate(**inputs, revision=files, **by_id))
+    package = f"transformers_modules.{name.replace('/', '.')}."
+    (kept,) = sys.modules[f"{package}{files}.custom_generate.generate"]._kept.values()
+    assert files in type(kept).__module__
+    assert is_faster(target.generate(**inputs, **by_id))
+    copies = [name for name in sys.modules if name.startswith(package) and name.endswith("custom_generate.generate")]
+    assert len(copies) == 2, "another commit"
 
-# By nobody that transformers knows: the file knows its repository, and its commit from where it lies
-function = target.load_custom_generate("user/head", trust_remote_code=True)
-assert is_faster(function(model=target, **inputs, return_dict_in_generate=True, **options))
+    # By nobody that transformers knows: the file knows its repository, and its commit from where it lies
+    function = target.load_custom_generate(name, trust_remote_code=True)
+    assert is_faster(function(model=target, **inputs, return_dict_in_generate=True, **options))
 
-# Three: a pipeline
-text_generation = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=head)
-(result,) = text_generation("w1 w2 w3", return_tensors=True, **options)
-assert result["generated_token_ids"] == plain[0].tolist()
+    # Three: a pipeline
+    text_generation = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=head)
+    (result,) = text_generation("w1 w2 w3", return_tensors=True, **options)
+    assert result["generated_token_ids"] == plain[0].tolist()
+    return head
+
+heads = [use_in_three_ways(*pair) for pair in zip(repositories[::2], repositories[1::2])]
 
 # A private repository
 for arguments in ({"token": False}, {"token": token}):
     try:
-        output = target.generate(**inputs, **{**by_id, "custom_generate": "user/private"}, **arguments)
+        private = {"custom_generate": "user/private", "trust_remote_code": True, "return_dict_in_generate": True}
+        output = target.generate(**inputs, **private, **options, **arguments)
         print("private", is_faster(output).item())
     except OSError as error:
         print("refused:", "private" in str(error))
 
 # Heads that came with their code can be pushed on
-head.push_to_hub("user/again", token=token)
+heads[0].push_to_hub("user/again", token=token)
 again = AutoModel.from_pretrained("user/again", trust_remote_code=True)
 assert is_faster(target.generate(**inputs, assistant_model=again, return_dict_in_generate=True, **options))
 """
 
 
-@pytest.mark.parametrize("is_bare", [False, True], ids=["a head", "a folder without code"])
-def test_strangers_use_heads_in_three_ways(is_bare, hub, tmp_path):
+def test_strangers_use_heads_in_three_ways(hub, tmp_path):
     """`STRANGER_PYTHON` may name the Python of an environment with torch and transformers alone, as `.ci/run` has it."""
     target = make_target()
     target.save_pretrained(tmp_path / "target")
@@ -316,15 +321,14 @@ def test_strangers_use_heads_in_three_ways(is_bare, hub, tmp_path):
         tokenizer_object=word_tokenizer(), unk_token="<unk>", model_input_names=["input_ids", "attention_mask"]
     )
     tokenizer.save_pretrained(tmp_path / "target")
-    if is_bare:
-        push_folder(bare_folder(tmp_path), HEAD)
-    else:
-        make_head(target, seed=1).push_to_hub(HEAD)
+    make_head(target, seed=1).push_to_hub(HEAD)
+    push_folder(bare_folder(tmp_path), "user/bare")
+    repositories = (name for repo in (HEAD, "user/bare") for name in (repo, commits(hub, repo=repo)[0].oid))
     make_head(target, seed=2).push_to_hub("user/private", private=True)
     environment = {**os.environ, **hub.environment(tmp_path / "cache", token=None)}
     del environment["HF_TOKEN"]
     result = subprocess.run(
-        [os.environ.get("STRANGER_PYTHON", sys.executable), "-c", STRANGER, commits(hub)[0].oid, TOKEN],
+        [os.environ.get("STRANGER_PYTHON", sys.executable), "-c", STRANGER, TOKEN, *repositories],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -1,14 +1,12 @@
 """A saved head in a process where the package is not installed, and beside it."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers import fresh
 from helpers.models import make_head, make_target
 
 PREAMBLE = """
@@ -31,21 +29,6 @@ def saved(tmp_path):
     for seed in (1, 2):
         make_head(target, seed=seed).save_pretrained(tmp_path / f"head{seed}")
     return tmp_path
-
-
-def run(folder: Path, script: str) -> str:
-    """Run a script in a fresh process and return what it printed.
-
-    Args:
-        folder: Where it runs; the cache of remote code goes there too.
-        script: What follows the preamble.
-    """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + script], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_a_saved_head_is_config_weights_and_flat_code_files(saved):
@@ -91,7 +74,7 @@ assert torch.equal(target.generate(prompt, assistant_model=other, **options).seq
 assert torch.equal(target.generate(prompt, assistant_model=head, **options).sequences, plain)
 assert AutoConfig.from_pretrained("head1", trust_remote_code=True).model_type == "fspad"
 """
-    assert run(saved, script).strip() == "tau True"
+    assert fresh.run(PREAMBLE + script, saved).strip() == "tau True"
     code = {path.relative_to(saved / "head1") for path in (saved / "head1").rglob("*.py")}
     assert {path.relative_to(saved / "again") for path in (saved / "again").rglob("*.py")} == code
 
@@ -104,7 +87,7 @@ except ValueError as error:
     print(error)
 assert not any(name.startswith("transformers_modules") for name in sys.modules)
 """
-    assert "trust_remote_code=True" in run(saved, script)
+    assert "trust_remote_code=True" in fresh.run(PREAMBLE + script, saved)
 
 
 def test_old_transformers_speaks_before_anything_fails(saved):
@@ -116,7 +99,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "need transformers>=5.15" in run(saved, script)
+    assert "need transformers>=5.15" in fresh.run(PREAMBLE + script, saved)
 
 
 def test_package_and_remote_code_in_one_process(saved):
@@ -166,4 +149,4 @@ for head in heads:
     assert sys.modules[type(output).__module__].__name__.split(".")[:3] == type(head).__module__.split(".")[:3]
 print("done")
 """
-    assert run(saved, script).strip() == "done"
+    assert fresh.run(PREAMBLE + script, saved).strip() == "done"

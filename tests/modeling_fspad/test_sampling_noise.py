@@ -143,7 +143,7 @@ def test_sampled_text_stays_the_same(options, num_draft_tokens):
     target = make_target("llama", vocab_size=97)
     head = make_head(target, num_draft_tokens=num_draft_tokens)
     prompt = torch.tensor([[1, 2, 3, 4, 5]])
-    for seed in range(5):
+    for seed in range(3):
         outputs = []
         for assistant in (None, head):
             torch.manual_seed(seed)

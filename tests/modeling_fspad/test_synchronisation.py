@@ -166,7 +166,7 @@ def test_what_does_not_wait_is_not_counted(waits):
 
 @pytest.mark.parametrize("lookup", [False, True], ids=["head", "head and lookup"])
 @pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLING], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("num_layers", [2, 8])
+@pytest.mark.parametrize("num_layers", [2, 4])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_waits_of_a_step(waits, family, num_layers, options, lookup):
     layers = {"num_hidden_layers": num_layers}
@@ -175,7 +175,7 @@ def test_waits_of_a_step(waits, family, num_layers, options, lookup):
     target = make_target(family, vocab_size=30, **layers)
     for depth, num_draft_tokens in ((1, 5), (5, 59)):
         head = make_head(target, draft_depth=depth, num_draft_tokens=num_draft_tokens, lookup=lookup)
-        steps = count(waits, target, head, max_new_tokens=30, eos_token_id=29, **options)
+        steps = count(waits, target, head, max_new_tokens=16, eos_token_id=29, **options)
         assert len(steps) > 4
         most = max(steps, key=len)
         assert len(most) <= 3, "\n".join(most)
@@ -195,7 +195,7 @@ def test_waits_of_a_step(waits, family, num_layers, options, lookup):
 def test_waits_with_other_options(waits, options, num_draft_tokens):
     target = make_target(vocab_size=30)
     head = make_head(target, num_draft_tokens=num_draft_tokens, lookup=True)
-    steps = count(waits, target, head, max_new_tokens=30, **options)
+    steps = count(waits, target, head, max_new_tokens=16, **options)
     most = max(steps, key=len)
     assert len(most) <= 3, "\n".join(most)
 

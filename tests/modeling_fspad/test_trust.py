@@ -1,15 +1,13 @@
 """A head may come from anybody: what its code may do, what its files may make a process do, and what is refused."""
 
 import ast
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import fspad
+from helpers import fresh
 
 CODE = sorted(Path(fspad.__file__).parent.glob("*.py"))
 
@@ -145,13 +143,4 @@ json.dump(config, open("head/config.json", "w"))
 AutoModel.from_pretrained("head", trust_remote_code=True)
 assert os.path.exists("mark"), "the mark proves nothing"
 """
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == 0, result.stderr
+    fresh.run(script, tmp_path)

@@ -40,7 +40,7 @@ def random_case(seed: int) -> tuple:
     )
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(1, vocab_size, (1, rng.randint(1, 40)), generator=generator)
-    length = rng.randint(1, 60)
+    length = rng.randint(1, 36)
     options = {"max_new_tokens": length}
     if rng.random() < 0.3:
         options["repetition_penalty"] = rng.choice([1.1, 1.5, 0.8])
@@ -103,7 +103,7 @@ def test_sampling_draws_what_plain_sampling_draws(seed):
 def test_drafts_do_get_accepted_in_these_comparisons():
     """They would prove little if every step emitted one token."""
     lengths = {0: [], 1: []}
-    for seed in range(30):
+    for seed in range(16):
         target, head, prompt, options = random_case(seed)
         if seed % 2:
             know_the_future(head, generate(target, prompt, do_sample=False, **options).sequences, seed)

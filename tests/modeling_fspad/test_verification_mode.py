@@ -96,7 +96,7 @@ class WithoutPositions(transformers.LlamaForCausalLM):
 
 
 def test_targets_without_positions_take_the_chain():
-    for seed in range(3):
+    for seed in range(2):
         target = make_target(vocab_size=9, seed=seed)
         target.__class__ = WithoutPositions
         assert max(compare(target, make_head(target, seed=seed))) > 2
@@ -210,12 +210,12 @@ def test_padding_of_targets_that_are_tried():
 
 def test_compiled_targets_decode_plainly(messages):
     target = make_target(vocab_size=9)
-    options = {"max_new_tokens": 10, "do_sample": False}
+    options = {"max_new_tokens": 4, "do_sample": False}
     plain = target.generate(PROMPT, **options)
     target.forward = torch.compile(target.forward, backend="eager")
     output = target.generate(PROMPT, assistant_model=make_head(target), return_dict_in_generate=True, **options)
     assert torch.equal(output.sequences, plain)
-    assert output.accept_lengths.tolist() == [1] * 9
+    assert output.accept_lengths.tolist() == [1] * 3
     assert any("is compiled" in message for message in messages)
 
 

@@ -1,16 +1,15 @@
-"""Two processes train the head that one trains. All that they do is in `helpers/two_processes.py`, in a single launch."""
+"""Two processes train the head that one trains. All that they do is in `helpers/two_processes.py`, and done once."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fspad import FSPADModel
+from helpers import fresh
 from helpers.two_processes import TRAININGS, UNEVEN, train
+
+pytestmark = pytest.mark.xdist_group("distributed")
 
 
 @pytest.fixture(scope="module")
@@ -18,15 +17,18 @@ def two_processes(tmp_path_factory):
     """The folder that two processes wrote to, and the results of each."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UNEVEN))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launched = subprocess.run(
-        [*command, "-m", "helpers.two_processes", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert launched.returncode == 0, launched.stderr[-5000:]
+    script = "from helpers.two_processes import main; main()"
+    logs, processes = [folder / f"log-{rank}" for rank in range(2)], []
+    for rank, log in enumerate(logs):
+        ranks = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        processes.append(fresh.start(script, folder, log, environment=ranks))
+    try:
+        for process, log in zip(processes, logs, strict=True):
+            process.join(550)
+            assert process.exitcode == 0, log.with_suffix(".err").read_text()[-5000:]
+    finally:
+        for process in processes:
+            process.kill()  # one waits for the other
     return folder, [json.loads((folder / f"results-{index}.json").read_text()) for index in range(2)]
 
 

@@ -26,7 +26,7 @@ from helpers.models import make_head, make_target
 from helpers.trainers import losses, make_dataset, make_trainer, weights
 
 PROMPTS = [(1, 2, 3, 4), (5, 6), (7, 8, 0)]
-DECODING = {"num_eval_prompts": 2, "eval_max_new_tokens": 25}
+DECODING = {"num_eval_prompts": 2, "eval_max_new_tokens": 16}
 
 
 def make_dialogues():
@@ -43,7 +43,7 @@ def make_pair(**options):
     return target, make_head(target, **options)
 
 
-def generated_tau(target, head, prompts, max_new_tokens=25):
+def generated_tau(target, head, prompts, max_new_tokens=16):
     lengths = []
     for prompt in prompts:
         input_ids = torch.tensor([prompt])
@@ -154,13 +154,13 @@ def test_adapter_of_a_head_is_measured(tmp_path):
 
     target, base = make_pair()
     head = adapt(copy.deepcopy(base), lora_alpha=64)
-    prompts, arguments = PROMPTS[:1], {"num_eval_prompts": 1, "eval_max_new_tokens": 60}
+    prompts, arguments = PROMPTS[:1], {"num_eval_prompts": 1, "eval_max_new_tokens": 40}
     trainer = make_trainer(
         tmp_path, target, head=head, dataset=make_dialogues(), eval_dataset=make_dialogues(), **arguments
     )
     tau = trainer.evaluate()["eval_tau"]
-    assert tau == pytest.approx(generated_tau(target, head.eval(), prompts, 60))
-    assert tau != pytest.approx(generated_tau(target, base, prompts, 60))
+    assert tau == pytest.approx(generated_tau(target, head.eval(), prompts, 40))
+    assert tau != pytest.approx(generated_tau(target, base, prompts, 40))
 
 
 def test_evaluation_changes_nothing_of_the_training(tmp_path):

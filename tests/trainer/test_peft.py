@@ -258,7 +258,7 @@ def test_training_sees_the_adapted_target(tmp_path, kind, draft_vocab_size):
 
     def train(target):
         head = make_head(make_target(), draft_vocab_size=draft_vocab_size)
-        trainer = make_trainer(tmp_path, target, head=head, feature_noise=0.0)
+        trainer = make_trainer(tmp_path, target, head=head, feature_noise=0.0, max_steps=2)
         trainer.train()
         return losses(trainer, "loss", "feature_loss", "logits_loss")
 
