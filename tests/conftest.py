@@ -78,8 +78,8 @@ def smollm2_is_loaded_once(smollm2, monkeypatch) -> None:
     def load_smollm2(dtype=None):
         return copy.deepcopy(smollm2[0]).to(dtype), smollm2[1]
 
-    for module in ("smollm2", "loading"):
-        monkeypatch.setattr(f"fspad.cli.{module}.load_smollm2", load_smollm2)
+    for module in ("fspad.bench.smollm2", "fspad.cli.loading"):
+        monkeypatch.setattr(f"{module}.load_smollm2", load_smollm2)
 
 
 @pytest.fixture(scope="session")

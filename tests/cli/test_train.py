@@ -68,7 +68,7 @@ def refused(folder, target, dialogues, *more) -> str:
     return message
 
 
-GZIPPED = gzip.compress(lines(ROWS * 50).encode())
+GZIPPED = gzip.compress(lines(ROWS * 50).encode(), mtime=0)
 
 
 def test_disk_without_room_for_the_cache(tmp_path, dialogues, monkeypatch):

@@ -2,9 +2,9 @@
 
 import pytest
 from datasets import Dataset
-from test_chat_turns import make_tokenizer, shown
 
 from fspad.trainer.data import prepare_dataset
+from helpers.chat_words import make_word_tokenizer, shown
 
 TOOLS = (
     "{% for m in messages %}<{{ m.role }}> {% if m.content %}{{ m.content }} {% endif %}"
@@ -40,8 +40,8 @@ def test_calls_of_tools_count_and_what_tools_say_does_not(template):
         f"<user> hello </s> <assistant> [<call> two {end}",
         f"<user> hello </s> <assistant> [<call> so hi {end}",
     ]
-    assert shown(prepare_dataset(dataset, make_tokenizer(template))) == expected
-    assert shown(prepare_dataset(dataset.to_iterable_dataset(), make_tokenizer(template))) == expected
+    assert shown(prepare_dataset(dataset, make_word_tokenizer(template))) == expected
+    assert shown(prepare_dataset(dataset.to_iterable_dataset(), make_word_tokenizer(template))) == expected
 
 
 @pytest.mark.parametrize("template", [TOOLS, BLOCKS])
@@ -51,7 +51,7 @@ def test_instructions_are_read_and_do_not_count(template, role):
         "<{{ m.role }}>", "{{ '<b>' if m.role in ('system', 'developer') else '<' + m.role + '>' }}"
     )
     dataset = Dataset.from_list([{"messages": [{"role": role, "content": "why"}, USER, ANSWER]}])
-    assert shown(prepare_dataset(dataset, make_tokenizer(template))) == [
+    assert shown(prepare_dataset(dataset, make_word_tokenizer(template))) == [
         "<b> why </s> <user> hello </s> <assistant> [four </s>]"
     ]
 
@@ -63,5 +63,5 @@ def test_other_roles_are_refused(template, role):
     messages = [USER, {"role": role, "content": "two four"}]
     for row in ({"messages": [*messages, ANSWER]}, {"prompt": messages, "completion": [ANSWER]}):
         with pytest.raises(ValueError, match=message) as caught:
-            prepare_dataset(Dataset.from_list([row]), make_tokenizer(template))
+            prepare_dataset(Dataset.from_list([row]), make_word_tokenizer(template))
         assert "\n" not in str(caught.value)

@@ -4,14 +4,11 @@ import logging
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from fspad.trainer.chat import mark_messages
 from fspad.trainer.data import prepare_dataset
+from helpers.chat_words import make_word_tokenizer, shown
 
-SPECIAL = ["<?>", "</s>", "<user>", "<assistant>", "<tool>", "<think>", "</think>", "<call>", "<b>"]
-WORDS = [*SPECIAL, "hello", "hi", "bye", "now", "why", "so", "two", "four"]
 # Thoughts of turns before the user's last message are left out, and a turn after it gets a block of none if it has none
 HEADER = (
     "{% set asked = namespace(last=-1) %}"
@@ -34,29 +31,8 @@ FIRST = "<user> hello </s> <assistant> [<think> why so </think> hi </s>]"
 SECOND = "<user> hello </s> <assistant> hi </s> <user> now </s> <assistant> [<think> two </think> four bye </s>]"
 
 
-def make_tokenizer(template):
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<?>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", chat_template=template)
-
-
-def shown(rows):
-    """The words of rows, with brackets around what is masked."""
-    texts = []
-    for row in rows:
-        assert row["length"] == len(row["input_ids"])
-        words, before = [], 0
-        for token, value in zip(row["input_ids"], row["assistant_mask"], strict=True):
-            if before and not value:
-                words[-1] += "]"
-            words.append("[" * (value > before) + WORDS[token])
-            before = value
-        texts.append(" ".join(words) + "]" * before)
-    return texts
-
-
 def prepare(row, template, **kwargs):
-    return prepare_dataset(Dataset.from_list([row]), make_tokenizer(template), **kwargs)
+    return prepare_dataset(Dataset.from_list([row]), make_word_tokenizer(template), **kwargs)
 
 
 @pytest.mark.parametrize("template", [THINKING, BLOCKS])
@@ -71,9 +47,9 @@ def test_several_dialogues_keep_their_order(template):
     rows = [{"messages": messages} for messages in (CHAT[:2], CHAT, [], CHAT[2:])]
     last = "<user> now </s> <assistant> [<think> two </think> four bye </s>]"
     expected = [FIRST, FIRST, SECOND, last]
-    assert shown(prepare_dataset(Dataset.from_list(rows), make_tokenizer(template))) == expected
+    assert shown(prepare_dataset(Dataset.from_list(rows), make_word_tokenizer(template))) == expected
     stream = Dataset.from_list(rows * 30).to_iterable_dataset()
-    assert shown(prepare_dataset(stream, make_tokenizer(template))) == expected * 30
+    assert shown(prepare_dataset(stream, make_word_tokenizer(template))) == expected * 30
 
 
 @pytest.mark.parametrize("template", [THINKING, BLOCKS])
@@ -156,6 +132,6 @@ def test_templates_that_end_a_dialogue():
 
 def test_turns_of_several_blocks():
     template = BLOCKS.replace("{{ answer", "{% endgeneration %}{% generation %}{{ answer")
-    chats = mark_messages(CHAT, make_tokenizer(template))
+    chats = mark_messages(CHAT, make_word_tokenizer(template))
     marked = [[chat.text[span.start : span.end] for span in chat.spans] for chat in chats]
     assert marked == [["<think> why so </think> ", "hi </s>"], ["<think> two </think> ", "four bye </s>"]]

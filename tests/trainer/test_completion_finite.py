@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_target
-from test_synthesize import PROMPTS as TEXTS
-from test_synthesize import make_pair
 
 from fspad.trainer.completion import complete
 from fspad.trainer.synthesize import synthesize
+from helpers.models import make_target
+from helpers.synthesis import PROMPTS as TEXTS
+from helpers.synthesis import make_pair
 
 PROMPTS = [[5, 6], [7], [8, 9, 10]]
 

@@ -1,7 +1,6 @@
 """The target writes training data."""
 
 import gzip
-import json
 import logging
 import signal
 from contextlib import contextmanager
@@ -10,42 +9,21 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from typer.testing import CliRunner
 
 import fspad.trainer.synthesize as module
-from fspad.cli import app
 from fspad.cli.synthesize import load_prompts
 from fspad.trainer.data import prepare_dataset
 from fspad.trainer.synthesize import synthesize, write_prompts
 from helpers import fresh
-from helpers.dialogues import MARKERS, WORDS, make_tokenizer
-from helpers.models import make_target
+from helpers.dialogues import WORDS
+from helpers.synthesis import PROMPTS, make_pair, read, run, save_pair
 
-PROMPTS = ["hello you", "bye", "hi hi hi now", "you", "now bye hello"]
 MANY_PROMPTS = [" ".join(words) for length in (1, 2, 3) for words in product(WORDS[5:10], repeat=length)]
-
-
-def make_pair(family="llama", **kwargs):
-    target = make_target(family, **{"vocab_size": len(WORDS), "sharpness": 3.0, **kwargs})
-    target.generation_config.eos_token_id = 1
-    return target, make_tokenizer(MARKERS)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny target and its tokenizer, saved."""
-    target, tokenizer = make_pair(sharpness=1.0)
-    target.save_pretrained(tmp_path / "target")
-    tokenizer.save_pretrained(tmp_path / "target")
-    return tmp_path / "target"
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def run(output, *arguments):
-    return CliRunner().invoke(app, ["synthesize", "--output", *map(str, (output, *arguments))])
+    return save_pair(tmp_path / "target")
 
 
 def plain(text):

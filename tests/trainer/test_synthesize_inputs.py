@@ -12,13 +12,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from test_data import MARKERS
-from test_synthesize import PROMPTS, folder, make_pair, read, run  # noqa: F401
 
 import fspad.cli.synthesize as command
 import fspad.trainer.synthesize as module
 from fspad.trainer.resumable import ResumableFile
 from fspad.trainer.synthesize import synthesize, write_prompts
+from helpers.dialogues import MARKERS
+from helpers.synthesis import PROMPTS, make_pair, read, run, save_pair
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_pair(tmp_path / "target")
 
 
 def parquet(**columns):
@@ -76,10 +81,10 @@ BINARY = pyarrow.array([b"hi", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.stri
         ("a.jsonl.gz", GOOD, "expected JSON lines in UTF-8 in .*a.jsonl.gz, got what cannot be read: Not a gzipped"),
         (
             "a.jsonl.gz",
-            gzip.compress(GOOD)[:-9],
+            gzip.compress(GOOD, mtime=0)[:-9],
             "expected JSON lines in UTF-8 in .*a.jsonl.gz, got what cannot be read",
         ),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:10] + b"\xff" * 20, "in UTF-8 in .*a.jsonl.gz, got what cannot be read"),
+        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 20, "in UTF-8 in .*a.jsonl.gz, got what cannot be read"),
     ],
 )
 def test_files_of_prompts(name, content, message, tmp_path):
@@ -99,7 +104,7 @@ def test_datasets_that_cannot_be_loaded(tmp_path):
         assert message in error_line(run(tmp_path / "d.jsonl", "--prompts", source))
 
 
-def test_prompts_that_can_be_read_all_the_same(tmp_path, folder):  # noqa: F811
+def test_prompts_that_can_be_read_all_the_same(tmp_path, folder):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b'{"prompt": "\\ud83d"}\n')
     result = run(tmp_path / "d.jsonl", "--prompts", tmp_path / "a.jsonl", "--target", folder, "--max-new-tokens", 3)
     assert result.exit_code == 0, result.output
@@ -138,7 +143,7 @@ def test_output_that_cannot_be_written(output, spoil, message, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 
-def test_output_that_turns_out_not_to_be_writable(tmp_path, folder, monkeypatch):  # noqa: F811
+def test_output_that_turns_out_not_to_be_writable(tmp_path, folder, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     fail_to_make_folders(monkeypatch)
     result = run(
@@ -149,7 +154,7 @@ def test_output_that_turns_out_not_to_be_writable(tmp_path, folder, monkeypatch)
     assert "see to it that it can be written to, and run the same again" in error_line(result)
 
 
-def test_full_disk(tmp_path, folder, monkeypatch):  # noqa: F811
+def test_full_disk(tmp_path, folder, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"prompt": "%s"}\n' % text.encode() for text in PROMPTS))
     options = ("--prompts", tmp_path / "a.jsonl", "--target", folder, "--batch-size", 2, "--max-new-tokens", 4)
     stock, appended = Path.open, []
@@ -199,7 +204,7 @@ def test_temperatures_that_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize("source", ["--prompts", "--num-prompts"])
 @pytest.mark.parametrize(("max_new_tokens", "exit_code"), [(512, 1), (10**6, 1), (0, 2), (-3, 2)])
-def test_lengths_out_of_range(source, max_new_tokens, exit_code, tmp_path, folder):  # noqa: F811
+def test_lengths_out_of_range(source, max_new_tokens, exit_code, tmp_path, folder):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     arguments = (source, 3 if source == "--num-prompts" else tmp_path / "a.jsonl")
     result = run(tmp_path / "d.jsonl", *arguments, "--target", folder, "--max-new-tokens", max_new_tokens)
@@ -325,7 +330,7 @@ def test_damaged_parquet(tmp_path):
     assert not (tmp_path / "d.parquet.jsonl").exists()
 
 
-def test_settings_are_checked_before_prompts_are_written(tmp_path, folder, monkeypatch):  # noqa: F811
+def test_settings_are_checked_before_prompts_are_written(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(command, "write_prompts", lambda *_, **__: pytest.fail("wrote prompts"))
     result = run(tmp_path / "d.jsonl", "--num-prompts", 3, "--target", folder, "--max-new-tokens", 600)
     assert "got 600" in error_line(result)
