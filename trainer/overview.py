@@ -14,8 +14,7 @@ import torch
 if TYPE_CHECKING:
     from .trainer import FSPADTrainer
 
-# Parts of a gigabyte and of the memory that AdamW has for each weight beside it: two averages in float32.
-_GIGABYTE = 1e9
+# What AdamW keeps for each weight: two averages in float32
 _OPTIMIZER_BYTES = 8
 # From so many times the head's own work on, the vocabulary is worth a word
 _LARGE_VOCABULARY = 3.0
@@ -92,10 +91,11 @@ def describe(trainer: FSPADTrainer, trial: Trial) -> str:
         A few lines of text.
     """
     args, config = trainer.args, trainer.model.config
+    name = trainer.target.config._name_or_path or type(trainer.target).__name__
     weights = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     scored = config.draft_vocab_size or config.vocab_size
     lines = [
-        f"Training {weights / 1e6:.1f} million weights of a head for {type(trainer.target).__name__}, which scores "
+        f"Training {weights / 1e6:.1f} million weights of a head for {name}, which scores "
         f"{scored:,} of {config.vocab_size:,} tokens, with batches of {trainer.batch_size} dialogues."
     ]
     is_stream = isinstance(trainer.train_dataset, datasets.IterableDataset)
@@ -105,10 +105,10 @@ def describe(trainer: FSPADTrainer, trial: Trial) -> str:
     else:
         lines[0] += f" {len(trainer.train_dataset):,} rows of {tokens:,} tokens, {_duration_in_steps(trainer)}."
     if args.features_dir is not None and trial.feature_seconds and tokens is not None:
-        gigabytes = tokens * config.hidden_size * trainer.target.dtype.itemsize / _GIGABYTE
+        size = _size(tokens * config.hidden_size * trainer.target.dtype.itemsize)
         seconds = tokens * trial.feature_seconds / trial.tokens
         lines.append(
-            f"Features are computed first: about {_duration(seconds)}, {gigabytes:.1f} GB in {args.features_dir}."
+            f"Features are computed first: about {_duration(seconds)}, {size} in {args.features_dir}."
         )
     seconds = trial.step_seconds + (0.0 if args.features_dir is not None else trial.feature_seconds)
     speed = trial.tokens / seconds
@@ -118,8 +118,8 @@ def describe(trainer: FSPADTrainer, trial: Trial) -> str:
         if tokens is None
         else (f"an epoch takes about {_duration(tokens / speed / args.world_size)}")
     )
-    memory = _memory(trainer, weights) / _GIGABYTE
-    lines.append(f"{line}. Memory: about {memory:.1f} GB; each checkpoint: {12 * weights / _GIGABYTE:.2f} GB.")
+    memory = _size(_memory(trainer, weights))
+    lines.append(f"{line}. Memory: about {memory}; each checkpoint: {_size(12 * weights)}.")
     if hint := _vocabulary_hint(config.vocab_size, scored, config.hidden_size, weights):
         lines.append(hint)
     return "\n".join(lines)
@@ -161,3 +161,7 @@ def _duration(seconds: float) -> str:
     if seconds < 100 * 60:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"

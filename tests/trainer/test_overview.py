@@ -45,7 +45,7 @@ def test_overview_of_features_on_disk(tmp_path):
     trainer = make_trainer(tmp_path, features_dir=str(tmp_path / "features"))
     tokens = sum(trainer.train_dataset["length"][:])
     text = describe(trainer, Trial(tokens=100, feature_seconds=5.0, step_seconds=0.5))
-    assert f"Features are computed first: about {tokens * 5 / 100:.0f} seconds, 0.0 GB in" in text
+    assert f"Features are computed first: about {tokens * 5 / 100:.0f} seconds, 0 MB in" in text
     assert "At 200 tokens/s" in text
 
 
