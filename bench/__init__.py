@@ -1,1 +1,1 @@
-"""Measuring heads against plain decoding."""
+"""Measuring heads against plain decoding, and the target that demo, benchmarks and examples share."""

@@ -88,3 +88,17 @@ def native_dtype(device: torch.device | str = "cpu") -> torch.dtype:
         is_supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
         is_native = is_supported is not None and is_supported()
     return torch.bfloat16 if is_native else torch.float32
+
+
+def target_dtype(device: torch.device | None = None) -> torch.dtype | str:
+    """The dtype to load a target in.
+
+    Args:
+        device: Where it is to run; by default on the accelerator, if there is one.
+
+    Returns:
+        On a processor the dtype that it computes in natively, in which `fspad demo` and `fspad bench` run targets too; on
+        an accelerator "auto", for that of the checkpoint.
+    """
+    device = device or default_device()
+    return native_dtype(device) if device.type == "cpu" else "auto"

@@ -16,6 +16,11 @@ def inline(value: Any) -> str:
     return " ".join(str(value).split())
 
 
+def temperature(value: float) -> str:
+    """A temperature, at which 0 is greedy decoding."""
+    return f"{value:g}" if value else "0 (greedy)"
+
+
 def table(columns: Mapping[str, Sequence[str | None]]) -> list[str]:
     """Lines of a table without the columns that no row fills.
 

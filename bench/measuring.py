@@ -31,6 +31,20 @@ def mean_tokens_per_step(accept_lengths: Iterable[int]) -> float:
     return sum(lengths) / len(lengths) if lengths else 1.0
 
 
+def acceptance_by_depth(accept_lengths: Iterable[int]) -> list[float]:
+    """How often drafts are accepted to each depth.
+
+    Args:
+        accept_lengths: Tokens emitted by each step, the target's own (bonus) token included.
+
+    Returns:
+        Share of all steps that accepted at least 1, 2 and so on drafted tokens, to the deepest that was accepted. Their sum
+        is tau - 1.
+    """
+    lengths = list(accept_lengths)
+    return [sum(length > depth for length in lengths) / len(lengths) for depth in range(1, max(lengths, default=1))]
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer and what it took.
@@ -110,6 +124,11 @@ class Comparison:
     def tau(self) -> float:
         """Mean tokens per verification step, bonus token included; 1.0 when there was no step."""
         return mean_tokens_per_step(self.accept_lengths)
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Share of the steps of all answers that accepted at least 1, 2 and so on drafted tokens."""
+        return acceptance_by_depth(self.accept_lengths)
 
     @property
     def plain_step_seconds(self) -> float | None:

@@ -62,13 +62,15 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             questions.append(_as_question(json.loads(line), number))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
                 f'{path}:{number}: expected {{"question_id": 1, "category": "...", "turns": ["..."]}} or '
                 f'{{"prompt": "..."}}, got {line[:80]!r}'
             ) from error
     if not questions:
-        raise ValueError(f'{path} is empty: expected lines such as {{"question_id": 1, "turns": ["..."]}}')
+        raise ValueError(
+            f'{path} is empty: expected lines such as {{"prompt": "..."}} or {{"question_id": 1, "turns": ["..."]}}'
+        )
     number_of = Counter(question.question_id for question in questions)
     if twice := [question_id for question_id, count in number_of.items() if count > 1]:
         raise ValueError(

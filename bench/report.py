@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .markdown import count, inline, table
+from .markdown import count, inline, table, temperature
 from .records import PLAIN, AnswerRecord
 from .summary import Row, summarize_methods
 
@@ -24,7 +24,7 @@ verification; of other methods only the forward passes are known, and their draf
 speedup if nothing but the steps of the target took time, where t(1) is a step of plain decoding and t(n + 1) one that
 verifies."""
 _COLUMNS = {
-    "Temperature": lambda row: f"{row.temperature:g}" if row.temperature else "0 (greedy)",
+    "Temperature": lambda row: temperature(row.temperature),
     "Task": lambda row: row.task or "all",
     "Method": lambda row: row.method,
     "Questions": lambda row: count(len(row.speedups)),

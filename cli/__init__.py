@@ -1,4 +1,4 @@
-"""The command line: `fspad demo | bench | train | convert | synthesize`."""
+"""The command line: `fspad demo | bench | train | convert | export | synthesize`."""
 
 from .main import app
 

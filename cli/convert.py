@@ -1,4 +1,4 @@
-"""Turns checkpoints of the original FSPAD implementation and of EAGLE-1/2 into FSPAD heads."""
+"""`fspad convert`: checkpoints of the original FSPAD implementation and of EAGLE-1/2 as FSPAD heads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fspad import FSPADConfig, FSPADModel
+from fspad.bench.smollm2 import quiet_loading
 from fspad.config_checks import shorten_names
 from fspad.provenance import target_id
 
 from .loading import damage_in_one_line
-from .smollm2 import quiet_loading
 from .source_checkpoint import DROPPED, layer_fields, load_weights, read_config
 
 if TYPE_CHECKING:
@@ -40,20 +40,6 @@ DRAFTING_FIELDS = (
 )
 
 
-def is_head(source: str, revision: str | None = None) -> bool:
-    """Whether a folder or repository holds an FSPAD head, by its `config.json`.
-
-    Args:
-        source: Folder or Hub id.
-        revision: Revision on the Hub.
-
-    Raises:
-        OSError: If there is none.
-        ValueError: If it cannot be read.
-    """
-    return read_config(source, revision).get("model_type") == "fspad"
-
-
 def convert_checkpoint(source: str, destination: Path, target: str | None, revision: str | None = None) -> FSPADModel:
     """Convert a checkpoint and save the head.
 
@@ -75,9 +61,14 @@ def convert_checkpoint(source: str, destination: Path, target: str | None, revis
     from transformers import AutoConfig
 
     check_destination(destination)
+    config = read_config(source, revision)
+    if config.get("model_type") == FSPADConfig.model_type:
+        raise ValueError(
+            f"expected an FSPAD or EAGLE-1/2 checkpoint, got an FSPAD head: `fspad export {source} {destination}` makes a "
+            "checkpoint of it"
+        )
     if target is None:
         raise ValueError(f"expected --target ID, the model that the checkpoint {source} was trained for, got none")
-    config = read_config(source, revision)
     layer_fields(config)  # before the weights, which may be large
     with damage_in_one_line(f"the target {target}"):
         # transformers makes a dictionary of `num_labels` names, whatever their number

@@ -15,8 +15,9 @@ from rich.table import Table
 from fspad.bench.exactness import Exactness, check_exactness
 from fspad.bench.machine import default_device, describe_setup
 from fspad.bench.measuring import Comparison, compare, total
+from fspad.bench.questions import encode_dialogue, read_questions
 
-from .loading import choose_dtype, encode, find_shipped_head, load_pair, read_prompts
+from .loading import choose_dtype, find_shipped_head, load_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ def run_demo(
     max_new_tokens: int,
     num_prompts: int,
     temperature: float,
+    num_draft_tokens: int | None = None,
 ) -> bool:
     """Load everything, compare, and print.
 
@@ -74,14 +76,17 @@ def run_demo(
     Raises:
         ValueError: If head and target do not belong together.
     """
-    prompts = (read_prompts(prompts_file) if prompts_file else PROMPTS)[:num_prompts]
+    prompts = [question.turns[0] for question in read_questions(prompts_file)] if prompts_file else PROMPTS
+    prompts = prompts[:num_prompts]
     with console.status("Loading the head and its target ..."):
         dtype = choose_dtype(dtype_name, default_device())
         target, tokenizer, head = load_pair(head_name or str(find_shipped_head()), target_name, dtype)
+    if num_draft_tokens is not None:
+        head.config.num_draft_tokens = num_draft_tokens
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Answering plain and with FSPAD in turn", total=2 * len(prompts))
-        inputs = [encode(tokenizer, prompt, target.device) for prompt in prompts]
+        inputs = [encode_dialogue(tokenizer, [prompt], [], target.device) for prompt in prompts]
         comparisons = compare(target, head, inputs, max_new_tokens, temperature, lambda: progress.advance(task))
     for prompt, comparison in zip(prompts, comparisons, strict=True):
         print_answers(console, tokenizer, prompt, comparison)

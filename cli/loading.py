@@ -1,8 +1,7 @@
-"""What the commands load: targets, heads, and prompts."""
+"""What the commands load: targets and heads."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fspad
-from fspad.bench.machine import default_device, native_dtype
-from fspad.bench.questions import encode_dialogue
+from fspad.bench.machine import default_device, native_dtype, target_dtype
+from fspad.bench.smollm2 import TARGET_NAME, load_smollm2, quiet_loading
 from fspad.config_checks import shorten
 from fspad.provenance import as_hub_id, check_vocabulary, note_default_revision
-
-from .smollm2 import TARGET_NAME, load_smollm2, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,18 +46,20 @@ def load_target(name: str | None, dtype: torch.dtype | None = None) -> tuple[Pre
 
     Args:
         name: Hub id or folder; `None` for SmolLM2-135M-Instruct without the Hub.
-        dtype: Dtype of the weights; `None` for that of the checkpoint (float32 for SmolLM2 without the Hub).
+        dtype: Dtype of the weights; `None` for the one that a processor computes in natively, and on an accelerator for that
+            of the checkpoint.
 
     Returns:
         The model in evaluation mode and the tokenizer.
     """
+    dtype = dtype or target_dtype()
     if name is None:
-        target, tokenizer = load_smollm2(dtype)
+        target, tokenizer = load_smollm2(None if dtype == "auto" else dtype)
     else:
         with quiet_loading(), damage_in_one_line(f"the target {name}"):
             # The name may come from a head: nobody is asked at the terminal whether its code may run
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False)
+            target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         note_default_revision(target.config)
     return target.to(default_device()).eval(), tokenizer
 
@@ -149,45 +148,3 @@ def load_pair(
     target, tokenizer = load_target(target_name, dtype)
     check_vocabulary(head.config, tokenizer)
     return target, tokenizer, head.to(target.device)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a JSON-lines file.
-
-    Args:
-        path: File with one object a line; its field `prompt` is a user's message.
-
-    Returns:
-        The prompts.
-
-    Raises:
-        ValueError: If a line is no object with a text in `prompt`, or there is no line.
-    """
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-            if not isinstance(prompt, str):
-                raise TypeError(f"a prompt of type {type(prompt).__name__}")
-        except (ValueError, KeyError, RecursionError, TypeError) as error:
-            raise ValueError(f'{path}:{number}: expected {{"prompt": "..."}}, got {line[:80]!r}') from error
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f'{path} is empty: expected lines such as {{"prompt": "..."}}')
-    return prompts
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """Tokenize a prompt, as a chat where the tokenizer has a template.
-
-    Args:
-        tokenizer: The target's tokenizer.
-        prompt: A user's message.
-        device: Device of the target.
-
-    Returns:
-        `input_ids` and `attention_mask`, of shape `(1, length)`.
-    """
-    return encode_dialogue(tokenizer, [prompt], [], device)

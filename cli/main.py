@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from fspad import FSPADModel
 
 app = typer.Typer(
     name="fspad",
     help="Lossless speculative decoding native to Hugging Face transformers.",
     no_args_is_help=True,
     add_completion=False,
+    # Names with underscores are those of Python, and mean the same
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
 
 # What is wrong can be said shorter, whatever a file holds
@@ -42,7 +47,7 @@ class Dtype(StrEnum):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can put right into a message and exit code 1; anything else keeps its traceback."""
-    from .smollm2 import FetchError
+    from fspad.bench.smollm2 import FetchError
 
     try:
         yield
@@ -65,11 +70,18 @@ def demo(
         ),
     ] = "auto",
     prompts: Annotated[
-        Path | None, typer.Option(help='JSON-lines file with a field "prompt"; by default three built-in prompts.')
+        Path | None,
+        typer.Option(
+            help='JSON-lines file with a field "prompt", or of questions as `fspad bench` takes them; by default three built-in prompts.'
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to answer.")] = 3,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding.")] = 0.0,
+    num_draft_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Drafted tokens in a step; by default what the head is saved with."),
+    ] = None,
 ) -> None:
     """Answer a few prompts plain and with FSPAD, compare the texts, and measure the speed.
 
@@ -80,7 +92,9 @@ def demo(
 
         from .demo import run_demo
 
-        is_fine = run_demo(Console(), head, target, dtype, prompts, max_new_tokens, num_prompts, temperature)
+        is_fine = run_demo(
+            Console(), head, target, dtype, prompts, max_new_tokens, num_prompts, temperature, num_draft_tokens
+        )
     if not is_fine:
         raise typer.Exit(1)
 
@@ -88,36 +102,47 @@ def demo(
 @app.command()
 def convert(
     source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", help="Folder or Hub id of an FSPAD or EAGLE-1/2 checkpoint, or of an FSPAD head."
-        ),
+        str, typer.Argument(metavar="SRC", help="Folder or Hub id of an FSPAD or EAGLE-1/2 checkpoint.")
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the result.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the head.")],
     target: Annotated[
         str | None,
-        typer.Option(
-            help="Hub id or folder of the target of a checkpoint; only its configuration is loaded. A head needs none."
-        ),
+        typer.Option(help="Hub id or folder of the target of the checkpoint; only its configuration is loaded."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of SRC on the Hub.")] = None,
 ) -> None:
-    """Convert a checkpoint of the original FSPAD implementation or of EAGLE-1/2 into an FSPAD head, or a head back.
+    """Convert a checkpoint of the original FSPAD implementation or of EAGLE-1/2 into an FSPAD head.
 
-    SRC holds config.json and weights, in safetensors or pickles, whole or in shards. No code in it is ever run. Of an
-    FSPAD head, DST becomes the checkpoint that inference servers read: one Llama-style draft layer with the original
-    weight names.
+    SRC holds config.json and weights, in safetensors or pickles, whole or in shards. No code in it is ever run.
     """
     with one_line_errors():
-        from .convert import convert_checkpoint, is_head
-        from .server_layout import export_head
+        from .convert import convert_checkpoint
 
-        if is_head(source, revision):
-            layout, config = "server layout, ", export_head(source, destination, revision).config
-        else:
-            layout, config = "", convert_checkpoint(source, destination, target, revision).config
+        head = convert_checkpoint(source, destination, target, revision)
+    _say_saved(head, destination)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="HEAD", help="Folder or Hub id of an FSPAD head.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the checkpoint.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of HEAD on the Hub.")] = None,
+) -> None:
+    """Write the checkpoint of a head that inference servers read: one Llama-style draft layer, original weight names.
+
+    `fspad convert` takes it back, bit for bit.
+    """
+    with one_line_errors():
+        from .export import export_head
+
+        head = export_head(source, destination, revision)
+    _say_saved(head, destination)
+
+
+def _say_saved(head: FSPADModel, destination: Path) -> None:
+    config = head.config
     typer.echo(
-        f"Saved to {destination}: {layout}feature_sampling={config.feature_sampling}, "
+        f"Saved to {destination}: feature_sampling={config.feature_sampling}, "
         f"partial_alignment={config.partial_alignment}, dtype={str(config.dtype).removeprefix('torch.')}."
     )
 
@@ -132,9 +157,7 @@ def train(context: typer.Context) -> None:
     with one_line_errors():
         from .train import make_trainer, run_training
 
-        trainer = make_trainer(context.args)
-    # Outside: an error in the middle of a training needs its traceback.
-    run_training(trainer)
+        run_training(make_trainer(context.args))
 
 
 @app.command()
@@ -170,7 +193,11 @@ def synthesize(
         str | None, typer.Option(help="Hub id or folder of the target; by default SmolLM2-135M-Instruct.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Dtype of the target; by default that of the checkpoint.")
+        Dtype | None,
+        typer.Option(
+            help="Dtype of the target: on a processor by default the one that it computes in natively, on an accelerator "
+            "that of the checkpoint."
+        ),
     ] = None,
     temperature: Annotated[
         list[float] | None,

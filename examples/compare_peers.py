@@ -10,7 +10,6 @@ a second model trained for the target (EAGLE-3, Medusa, jump drafting, draft mod
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +21,11 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from fspad.bench.questions import encode_dialogue
-from fspad.cli.loading import find_shipped_head, load_pair
+from fspad import FSPADModel
+from fspad.bench.questions import encode_dialogue, read_questions
+from fspad.bench.smollm2 import load_smollm2
 
+HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"
 Generate = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -84,7 +85,8 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True, help="JSON-lines file in the format of Spec-Bench")
     parser.add_argument("--max_new_tokens", type=int, default=96)
     options = parser.parse_args()
-    target, tokenizer, head = load_pair(str(find_shipped_head()), None, torch.bfloat16)
+    target, tokenizer = load_smollm2(torch.bfloat16)
+    head = FSPADModel.from_pretrained(HEAD, dtype=target.dtype)
     methods = {
         "plain": of_transformers(target),
         "prompt lookup of transformers": of_transformers(target, prompt_lookup_num_tokens=10),
@@ -92,9 +94,11 @@ def main() -> None:
         "lookup of economize": of_economize(target),
         "FSPAD": of_transformers(target, assistant_model=head),
     }
-    questions = [json.loads(line)["turns"][0] for line in options.questions.read_text(encoding="utf-8").splitlines()]
+    questions = read_questions(options.questions)
     speeds: dict[str, list[float]] = {name: [] for name in methods}
-    prompts = [encode_dialogue(tokenizer, [question], [], target.device)["input_ids"] for question in questions]
+    prompts = [
+        encode_dialogue(tokenizer, question.turns[:1], [], target.device)["input_ids"] for question in questions
+    ]
     for generate in methods.values():
         generate(prompts[0], 16)  # warm-up
     for prompt in track(prompts):

@@ -9,7 +9,7 @@ from transformers import AutoModel
 import fspad  # noqa: F401  # lets AutoModel and `generate` know FSPAD heads
 from fspad.bench.machine import native_dtype
 from fspad.bench.measuring import mean_tokens_per_step
-from fspad.cli.smollm2 import load_smollm2
+from fspad.bench.smollm2 import load_smollm2
 
 target, tokenizer = load_smollm2(native_dtype())
 head = AutoModel.from_pretrained(Path(__file__).parent / "heads" / "smollm2-135m-instruct", dtype=target.dtype)

@@ -16,24 +16,26 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fspad import FSPADModel
+from fspad.bench.machine import describe_machine
+from fspad.bench.measuring import WARM_UP_TOKENS, mean_tokens_per_step, measure
+from fspad.bench.questions import encode_dialogue
+from fspad.bench.smollm2 import load_smollm2
+
+HEAD = Path(__file__).parent / "heads" / "smollm2-135m-instruct"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROMPT = "What does a compiler do? Answer for somebody who has never written a program."
 WIDTH = 112
 BAR = 40
 # Tokens of one verification step have one colour, those of the next the other
 COLORS = ("cyan", "green")
-
-
-def load_smollm2(dtype: Any) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct and its tokenizer."""
-    from fspad.cli.smollm2 import load_smollm2
-
-    return load_smollm2(dtype)
 
 
 def measure_answers(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -45,16 +47,9 @@ def measure_answers(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns:
         The record: prompt, setup, and text and time of both answers.
     """
-    import torch
-    import transformers
-
-    from fspad.bench.machine import describe_machine
-    from fspad.bench.measuring import WARM_UP_TOKENS, measure
-    from fspad.cli.loading import encode, find_shipped_head, load_head
-
     target, tokenizer = load_smollm2(getattr(torch, arguments.dtype))
-    head = load_head(arguments.head or str(find_shipped_head()), target.dtype)
-    inputs = encode(tokenizer, arguments.prompt, target.device)
+    head = FSPADModel.from_pretrained(arguments.head, dtype=target.dtype)
+    inputs = encode_dialogue(tokenizer, [arguments.prompt], [], target.device)
     answers: dict[str, list[Any]] = {"plain": [], "fspad": []}
     for assistant in (None, head):
         measure(target, inputs, assistant, min(WARM_UP_TOKENS, arguments.max_new_tokens))
@@ -141,11 +136,11 @@ def _panel(title: str, answer: dict[str, Any], seconds: float) -> Panel:
 def _verdict(record: dict[str, Any]) -> Text:
     plain, assisted = record["plain"], record["fspad"]
     speeds = [len(answer["pieces"]) / answer["seconds"] for answer in (plain, assisted)]
-    lengths = assisted["accept_lengths"]
+    tau = mean_tokens_per_step(assisted["accept_lengths"])
     same = "the same text" if plain["pieces"] == assisted["pieces"] else "texts that part at a near-tie"
     text = Text(f"{speeds[1] / speeds[0]:.2f}x the speed", style="bold")
     text.append(f" ({speeds[0]:.1f} and {speeds[1]:.1f} tokens/s), {same}, ", style="not bold")
-    return text.append(f"{sum(lengths) / max(1, len(lengths)):.2f} tokens a step of the target", style="not bold")
+    return text.append(f"{tau:.2f} tokens a step of the target", style="not bold")
 
 
 def main() -> None:
@@ -154,7 +149,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="draw from the record that there is")
     parser.add_argument("--record", type=Path, default=DOCS / "demo.json")
     parser.add_argument("--output", type=Path, default=DOCS / "demo.svg")
-    parser.add_argument("--head", help="folder or Hub id; by default the head of the checkout")
+    parser.add_argument("--head", default=HEAD, help="folder or Hub id; by default the head of the checkout")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--max_new_tokens", type=int, default=128)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fspad.cli.smollm2 import load_smollm2
+from fspad.bench.smollm2 import load_smollm2
 from fspad.trainer.synthesize import synthesize
 
 TOPICS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from fspad.bench.markdown import count, inline, table
+from fspad.bench.markdown import count, inline, table, temperature
 from fspad.bench.measuring import Comparison
 from fspad.bench.records import FSPAD, AnswerRecord, pair_with_plain
 
@@ -98,47 +98,50 @@ class Measurement:
         everything = Comparison([], [record.answer for record, _ in pairs])
         both = [(plain.answer, record.answer) for record, plain in pairs if plain is not None]
         comparison = Comparison([plain for plain, _ in both], [answer for _, answer in both])
-        lengths = everything.accept_lengths
-        deepest = max(lengths, default=1) - 1
         values = {
             "tau": everything.tau,
             "speedup": comparison.speedup if both else None,
             "tokens_per_second": everything.assisted_speed,
             "num_prompts": len(pairs),
             "task": tasks.pop() if len(tasks) == 1 else None,
-            "acceptance_by_depth": [
-                sum(length > depth for length in lengths) / len(lengths) for depth in range(1, deepest + 1)
-            ],
+            "acceptance_by_depth": everything.acceptance_by_depth,
             "num_plain_prompts": len(both) or None,
             "num_identical": comparison.num_identical if both else None,
         }
         return cls(prompts, temperature, **{**values, **known})
 
     @property
+    def name(self) -> str:
+        """Which prompts these are."""
+        return self.prompts if self.task is None else f"{self.prompts}: {self.task}"
+
+    @property
     def run(self) -> str:
         """What was measured, in a few words."""
-        name = self.prompts if self.task is None else f"{self.prompts}: {self.task}"
-        return f"{name}, {f'temperature {self.temperature:g}' if self.temperature else 'greedy'}"
+        return f"{self.name}, {f'temperature {self.temperature:g}' if self.temperature else 'greedy'}"
+
+    @property
+    def is_partly_plain(self) -> bool:
+        """Whether the speedup is that of fewer prompts than tau."""
+        return self.num_plain_prompts not in (None, self.num_prompts)
 
     def eval_results(self) -> list[EvalResult]:
         """The entries of the model index: tau, and the speedup if it is known."""
         names = ("num_prompts", "dtype", "threads", "machine")
         known = [f"{name}={inline(value)}" for name in names if (value := getattr(self, name)) is not None]
         values = {name: value for name in METRICS if (value := getattr(self, name)) is not None}
-        name = self.prompts if self.task is None else f"{self.prompts}: {self.task}"
-        # The speedup may be that of fewer prompts than tau.
-        is_partial = self.num_plain_prompts not in (None, self.num_prompts)
+        fewer = {"num_prompts": self.num_plain_prompts} if self.is_partly_plain else None
         return [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=re.sub(r"\W+", "-", name.lower()).strip("-") or "prompts",
-                dataset_name=inline(name),
+                dataset_type=re.sub(r"\W+", "-", self.name.lower()).strip("-") or "prompts",
+                dataset_name=inline(self.name),
                 # huggingface_hub puts results together that differ in nothing but name, arguments and metric.
                 dataset_config=", ".join([f"temperature={self.temperature:g}", *known]),
                 metric_type=metric,
                 metric_name=METRICS[metric],
                 metric_value=round(float(value), 2),
-                metric_args={"num_prompts": self.num_plain_prompts} if is_partial and metric == "speedup" else None,
+                metric_args=fewer if metric == "speedup" else None,
             )
             for metric, value in values.items()
         ]
@@ -172,15 +175,10 @@ def summarize(records: Sequence[AnswerRecord], **known: Any) -> list[Measurement
     return measurements
 
 
-def _temperature(measurement: Measurement) -> str:
-    return f"{measurement.temperature:g}" if measurement.temperature else "0 (greedy)"
-
-
 def _speedup(measurement: Measurement) -> str | None:
     if measurement.speedup is None:
         return None
-    number = measurement.num_plain_prompts
-    note = f" ({count(number)} prompts)" if number not in (None, measurement.num_prompts) else ""
+    note = f" ({count(measurement.num_plain_prompts)} prompts)" if measurement.is_partly_plain else ""
     return f"{measurement.speedup:.2f}x{note}"
 
 
@@ -197,7 +195,7 @@ _RUN: dict[str, Callable[[Measurement], str | None]] = {
 _RESULTS = {
     **_RUN,
     "Number": lambda m: count(m.num_prompts),
-    "Temperature": _temperature,
+    "Temperature": lambda m: temperature(m.temperature),
     "tau": lambda m: f"{m.tau:.2f}",
     "Speedup": _speedup,
     "Tokens/s": lambda m: None if m.tokens_per_second is None else f"{m.tokens_per_second:.1f}",
@@ -253,7 +251,7 @@ def acceptance_table(measurements: Sequence[Measurement]) -> list[str]:
     """
     measurements = [measurement for measurement in measurements if measurement.acceptance_by_depth]
     columns = {name: [text(measurement) for measurement in measurements] for name, text in _RUN.items()}
-    columns["Temperature"] = [_temperature(measurement) for measurement in measurements]
+    columns["Temperature"] = [temperature(measurement.temperature) for measurement in measurements]
     for depth in range(max((len(measurement.acceptance_by_depth) for measurement in measurements), default=0)):
         shares = [measurement.acceptance_by_depth[depth : depth + 1] for measurement in measurements]
         columns[f"{depth + 1}"] = [f"{share[0]:.1%}" if share else None for share in shares]

@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
@@ -19,9 +18,6 @@ from fspad.versions import OLDEST_TESTED
 
 from .measurement import Measurement, acceptance_table, results_table, shared_setup
 from .training import Training
-
-if TYPE_CHECKING:
-    from fspad.trainer import FSPADTrainer
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 USE_TEMPLATE = Path(__file__).with_name("use_template.md")
@@ -86,37 +82,6 @@ class FSPADModelCard:
         # The recorded revision is one of the recorded target, and of no other.
         if self.target is not None and self.target_revision is None and self.target == recorded:
             self.target_revision = self.head_config.target_revision
-
-    @classmethod
-    def from_trainer(cls, trainer: FSPADTrainer, dataset: str | None = None, **known: Any) -> FSPADModelCard:
-        """The card of the head in a trainer, with what the trainer knows: the training, the target, the repository.
-
-        What was logged in training stays apart from `measurements`, which are measured with care and afterwards.
-
-        Args:
-            trainer: The trainer.
-            dataset: What the dialogues are and who wrote the answers, in words.
-            **known: Fields that the trainer does not know, or knows worse.
-
-        Returns:
-            The card.
-        """
-        config = trainer.model.config
-        recorded = config.target_model_name
-        values = {
-            "head_config": config,
-            # `None` as long as there is no repository; the arguments may lack the user's name.
-            "repo_id": trainer.hub_model_id,
-            "training": Training.from_trainer(trainer, dataset),
-            "datasets": hub_datasets(trainer.train_dataset),
-        }
-        # Of a target that came from the Hub, the very commit is known.
-        is_recorded = trainer.target.config._name_or_path == recorded == known.get("target", recorded)
-        if is_recorded and config.target_revision is None:
-            values["target_revision"] = getattr(trainer.target.config, "_commit_hash", None)
-        if (adapter := getattr(trainer.target, "active_peft_config", None)) is not None:
-            values["target_weights"] = f"with an adapter ({adapter.peft_type.value})"
-        return cls(**{**values, **known})
 
     def data(self) -> ModelCardData:
         """The front matter."""
@@ -210,13 +175,3 @@ def moved_card(
     )
     use = card.use()
     return _USE.sub(lambda _: use, text)
-
-
-def hub_datasets(dataset: Any) -> list[str]:
-    """The Hub ids of the datasets that a dataset was loaded from.
-
-    Args:
-        dataset: A dataset of `datasets`, or anything else, which has none.
-    """
-    sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or ()
-    return sorted({match[1] for source in sources if (match := re.match(r"hf://datasets/([^@]+)@", source))})

@@ -114,36 +114,49 @@ def push_folder(
         raise ValueError(f"expected create_pr or a revision to push to, got both: drop revision={revision!r}.")
     api = HfApi(library_name="fspad", library_version=fspad.__version__, token=token)
     with staged(folder) as (copy, config):
-        if card is None and config is not None and not (copy / "README.md").is_file():
-            card = FSPADModelCard(config)
-        if card is not None:
-            card = _with_license_of_target(api, replace(card, repo_id=repo_id, revision=None, path=None))
-            card.save(copy)
+        card = _prepare_card(api, copy, config, card, repo_id)
+        where = {"repo_id": repo_id, "revision": revision, "create_pr": create_pr}
         try:
-            repo_id = _with_retries(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not revision.startswith("refs/"):
-                _with_retries(api.create_branch, repo_id, branch=revision, exist_ok=True)
-            where = {"repo_id": repo_id, "revision": revision, "create_pr": create_pr}
+            _make_place(api, where, private)
             files = _upload_files(api, copy, where, commit_message, commit_description)
-            if files.pr_revision is not None:
-                revision, create_pr = files.pr_revision, False
-                where |= {"revision": revision, "create_pr": create_pr}
             _upload_card(api, copy, card, config, where, files.oid, f"{commit_message}: model card")
         except Exception as error:
             if card is not None:  # so that the folder is all there is to go on with
                 (folder / "README.md").unlink(missing_ok=True)  # maybe a link into a cache
                 card.save(folder)
-            error.add_note(_how_to_go_on(folder, repo_id, private=private, revision=revision, create_pr=create_pr))
+            error.add_note(_how_to_go_on(folder, private=private, **where))
             raise
     return files
+
+
+def _prepare_card(
+    api: HfApi, copy: Path, config: FSPADConfig | None, card: FSPADModelCard | None, repo_id: str
+) -> FSPADModelCard | None:
+    """Save the card that is to be pushed; `None` if that is the folder's own."""
+    if card is None:
+        if config is None or (copy / "README.md").is_file():
+            return None
+        card = FSPADModelCard(config)
+    card = _with_license_of_target(api, replace(card, repo_id=repo_id, revision=None, path=None))
+    card.save(copy)
+    return card
+
+
+def _make_place(api: HfApi, where: dict[str, Any], private: bool | None) -> None:
+    """Create repository and branch if need be; in `where`, the repository's name gets its owner."""
+    where["repo_id"] = _with_retries(api.create_repo, where["repo_id"], private=private, exist_ok=True).repo_id
+    revision = where["revision"]
+    if revision is not None and not revision.startswith("refs/"):
+        _with_retries(api.create_branch, where["repo_id"], branch=revision, exist_ok=True)
 
 
 def _upload_files(
     api: HfApi, copy: Path, where: dict[str, Any], commit_message: str, commit_description: str | None
 ) -> CommitInfo:
+    """Push all but the card; if that opens a pull request, `where` is its branch from then on."""
     if (copy / "custom_generate").is_dir():
         name_repository(copy, where["repo_id"])
-    return _with_retries(
+    commit = _with_retries(
         api.upload_folder,
         may_repeat=not where["create_pr"],
         folder_path=copy,
@@ -153,6 +166,9 @@ def _upload_files(
         commit_description=commit_description,
         **where,
     )
+    if commit.pr_revision is not None:
+        where |= {"revision": commit.pr_revision, "create_pr": False}
+    return commit
 
 
 def _upload_card(
@@ -186,7 +202,7 @@ def _with_license_of_target(api: HfApi, card: FSPADModelCard) -> FSPADModelCard:
         return card
     try:
         data = api.model_info(card.target, revision=card.target_revision).card_data
-    except (HfHubHTTPError, HTTPError, OSError):
+    except (HTTPError, OSError):
         return card
     if not isinstance(license := getattr(data, "license", None), str):
         return card

@@ -1,51 +1,15 @@
-"""How a head was trained, as its trainer knows it."""
+"""How a head was trained, and what was measured on the way."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-import transformers
-
-import fspad
-from fspad.bench.machine import describe_machine
 from fspad.bench.markdown import count, inline, table
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-    from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
-
-MASK_POLICY = (
-    "of the assistant's tokens, those that come after another one: the first token of an answer is known before drafting "
-    "begins"
-)
-# What of the trainer's arguments decides about the head.
-RECIPE = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "weight_decay",
-    "max_grad_value",
-    "max_grad_norm",
-    "feature_loss_weight",
-    "logits_loss_weight",
-    "feature_noise",
-    "num_draft_steps",
-    "max_length",
-    "packing",
-    "bf16",
-    "fp16",
-    "seed",
-)
-_EVALUATED = re.compile(r"eval_(?:(?P<prompts>.+)_)?(?P<what>tau|speedup|accuracy(?:_depth_(?P<depth>\d+))?)")
+_EVALUATED = re.compile(r"eval_(?:(?P<prompts>.+)_)?(?P<what>tau|speedup|accuracy(?:_depth_\d+)?)")
 MOST_ROWS = 10
 
 
@@ -125,47 +89,6 @@ class Training:
     evaluations: Sequence[Evaluation] = ()
     evaluated_on: str | None = None
 
-    @classmethod
-    def from_trainer(cls, trainer: FSPADTrainer, dataset: str | None = None) -> Training:
-        """What a trainer knows of the training it did.
-
-        Args:
-            trainer: The trainer; if it has done no step, nothing that it would do is told.
-            dataset: What the dialogues are and who wrote the answers, in words.
-
-        Returns:
-            The training.
-        """
-        args, state = trainer.args, trainer.state
-        if not state.global_step:
-            return cls(evaluations=read_evaluations(state.log_history))
-        num_dialogs, num_answer_tokens = _count_dialogues(trainer.train_dataset)
-        is_best = args.load_best_model_at_end and state.best_global_step
-        devices = args.world_size * max(1, args.n_gpu)
-        return cls(
-            dataset=dataset,
-            num_dialogs=num_dialogs,
-            num_answer_tokens=num_answer_tokens,
-            steps=state.global_step,
-            epochs=None if state.epoch is None else round(state.epoch, 2),
-            mask_policy=MASK_POLICY,
-            recipe=_recipe(args),
-            hardware=_describe_devices(args.device, devices),
-            versions={
-                "fspad": fspad.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                **{name: metadata.version(name) for name in ("accelerate", "datasets")},
-            },
-            target_dtype=str(trainer.target.dtype).removeprefix("torch."),
-            saved_step=state.best_global_step if is_best else None,
-            evaluations=read_evaluations(state.log_history),
-            evaluated_on=(
-                f"the first {args.num_eval_prompts} prompts of the evaluation data, which were not trained on unless they "
-                f"are in both, with at most {args.eval_max_new_tokens} new tokens each,"
-            ),
-        )
-
     def facts(self) -> list[tuple[str, str]]:
         """The known fields, as a label and a text each."""
         recipe = [f"`{name}={inline(value)}`" for name, value in self.recipe.items() if value is not None]
@@ -202,42 +125,3 @@ class Training:
                 f"{row.accuracies[depth]:.1%}" if row.accuracies[depth:] else None for row in rows
             ]
         return table(columns)
-
-
-def _recipe(args: FSPADTrainingArguments) -> dict[str, Any]:
-    """The hyperparameters; switches and clipping that are off are left out."""
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    values = {name: getattr(args, name) for name in RECIPE}
-    values["max_grad_norm"] = args.max_grad_norm or None
-    recipe = {"train_batch_size": batch_size, **values}
-    return {
-        name: getattr(value, "value", value)
-        for name, value in recipe.items()
-        if value is not None and value is not False
-    }
-
-
-def _count_dialogues(dataset: Dataset | IterableDataset | None) -> tuple[int | None, int | None]:
-    """Dialogues in a prepared dataset, and positions in them that the loss counts; `None` of a stream."""
-    import datasets
-
-    from fspad.trainer.loss import counted_rows
-
-    if not isinstance(dataset, datasets.Dataset):
-        return None, None
-    is_packed = "position_ids" in dataset.column_names
-    columns = ["assistant_mask", *(["position_ids"] if is_packed else [])]
-    num_dialogs, num_tokens = 0 if is_packed else len(dataset), 0
-    for batch in dataset.select_columns(columns).with_format("torch").iter(1000):
-        num_tokens += sum(int(counted_rows(mask).sum()) for mask in batch["assistant_mask"])
-        if is_packed:
-            num_dialogs += sum(int((positions == 0).sum()) for positions in batch["position_ids"])
-    return num_dialogs, num_tokens
-
-
-def _describe_devices(device: torch.device, number: int) -> str:
-    name = describe_machine(device)
-    if device.type == "cpu":
-        # Processes may share the cores.
-        return name if number == 1 else f"{name}, {number} processes"
-    return name if number == 1 else f"{number} x {name}"

@@ -32,6 +32,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 MOST_TOKEN_IDS = 64
 MOST_ROPE_PARAMETERS = 32
 MOST_CLASSES = 16
+NUM_WEIGHTS = 32
 
 # Of a value that may be of any size, without looking at all of it
 _REPR = Repr()
@@ -116,6 +117,24 @@ def check_token_ids(name: str, value: Any, may_be_several: bool = False) -> None
         raise ValueError(f"{name} must be at most {MOST_TOKEN_IDS} token ids, got {len(value)}")
     for token_id in value if may_be_several and isinstance(value, list) else [value]:
         check_integer(name, token_id, at_least=-(2**31), at_most=2**31 - 1)
+
+
+def check_weights(name: str, value: Any) -> None:
+    """Check that a value is a sample of weights, or `None`.
+
+    Args:
+        name: The field, for the message.
+        value: The value.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value is None:
+        return
+    if not isinstance(value, list) or len(value) != NUM_WEIGHTS:
+        raise ValueError(f"{name} must be a list of {NUM_WEIGHTS} numbers, got {shorten(value)}")
+    for number in value:
+        check_number(name, number, at_least=-1e6, at_most=1e6)
 
 
 def check_dtype(value: Any) -> None:

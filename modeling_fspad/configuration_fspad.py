@@ -22,6 +22,7 @@ from .config_checks import (  # noqa: E402
     check_rope_parameters,
     check_text,
     check_token_ids,
+    check_weights,
     shorten,
     shorten_names,
 )
@@ -84,6 +85,7 @@ class FSPADConfig(PreTrainedConfig):
         target_model_name: Hub id (or name) of the target that the head was trained for.
         target_revision: Revision of that target.
         target_vocab_hash: SHA-256 of that target's vocabulary; the trainer records it.
+        target_weights: A few values of that target's LM head, to tell it from others; the trainer records them.
         pad_token_id: The target's padding token; equal to the target's so that pipelines accept the pair.
         bos_token_id: The target's first token.
         eos_token_id: The target's end token or tokens.
@@ -116,6 +118,7 @@ class FSPADConfig(PreTrainedConfig):
     target_model_name: str | None = None
     target_revision: str | None = None
     target_vocab_hash: str | None = None
+    target_weights: list[float] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -211,6 +214,7 @@ class FSPADConfig(PreTrainedConfig):
         self.check_drafting()
         for name in ("target_model_name", "target_revision", "target_vocab_hash"):
             check_text(name, getattr(self, name))
+        check_weights("target_weights", self.target_weights)
         check_token_ids("pad_token_id", self.pad_token_id)
         check_token_ids("bos_token_id", self.bos_token_id)
         check_token_ids("eos_token_id", self.eos_token_id, may_be_several=True)

@@ -1,14 +1,18 @@
-"""Which target a head belongs to: its id and revision on the Hub, and its vocabulary."""
+"""Which target a head belongs to: its id and revision on the Hub, its vocabulary, and a sample of its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.utils import cached_file, extract_commit_hash, logging
+
+from .config_checks import NUM_WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +23,9 @@ logger = logging.get_logger(__name__)
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# From which relative distance on two samples of LM heads are of two targets: another
+# dtype, quantization or fine-tuning moves them by less than a tenth, and two targets that were trained apart by about 1.4
+_ANOTHER_TARGET = 0.5
 
 
 def as_hub_id(name: Any) -> str | None:
@@ -83,6 +90,7 @@ def warn_of_another_target(config: FSPADConfig, target: PreTrainedModel) -> None
         config: The head's configuration.
         target: The model that is to be assisted.
     """
+    warn_of_other_weights(config, target)
     recorded, name = config.target_model_name, target_id(target.config)
     is_comparable = recorded and name and "/" in recorded and "/" in name and "gguf" not in name.lower()
     if not is_comparable or as_hub_id(recorded) is None:
@@ -97,6 +105,48 @@ def warn_of_another_target(config: FSPADConfig, target: PreTrainedModel) -> None
         logger.warning_once(
             f"This FSPAD head was trained for revision {revisions[0]} of {name!r}, the target is of revision "
             f"{revisions[1]}: {consequence}"
+        )
+
+
+def sample_weights(target: PreTrainedModel) -> list[float] | None:
+    """Take some values of a target's LM head, spread over its rows.
+
+    Args:
+        target: The target.
+
+    Returns:
+        32 values; `None` where the LM head's weights are not at hand as finite floating-point numbers.
+    """
+    weight = getattr(target.get_output_embeddings(), "weight", None)
+    # Of a subclass, as that of weights spread over devices, single values may not be had
+    is_at_hand = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point()
+    if not is_at_hand or weight.is_meta or weight.dim() != 2:
+        return None
+    places = torch.arange(NUM_WEIGHTS, device=weight.device)
+    columns = places * 7919 % weight.shape[1]  # a prime, so that they are all over
+    values = weight.detach()[places * weight.shape[0] // NUM_WEIGHTS, columns].float().tolist()
+    return [float(f"{value:.4g}") for value in values] if all(map(math.isfinite, values)) else None
+
+
+def warn_of_other_weights(config: FSPADConfig, target: PreTrainedModel) -> None:
+    """Say once that a head was trained for a target with other weights, however it is called.
+
+    Args:
+        config: The head's configuration.
+        target: The model that is to be assisted or trained for.
+    """
+    # The head may have come with older code of its own
+    recorded = getattr(config, "target_weights", None)
+    now = recorded and sample_weights(target)
+    if not now:
+        return
+    before, after = torch.tensor(recorded), torch.tensor(now)
+    distance = (before - after).norm() / torch.maximum(before.norm(), after.norm()).clamp(min=1e-12)
+    if not distance <= _ANOTHER_TARGET:
+        owner = f" ({config.target_model_name!r})" if config.target_model_name else ""
+        logger.warning_once(
+            f"This FSPAD head was trained for a target{owner} with other weights than this {type(target).__name__} has: the "
+            "text is the target's own all the same, but hardly any draft will be accepted."
         )
 
 
@@ -150,3 +200,5 @@ def record_target(config: FSPADConfig, target: PreTrainedModel, tokenizer: PreTr
         config.target_revision = target_revision(target.config)
     if getattr(config, "target_vocab_hash", None) is None and tokenizer is not None:
         config.target_vocab_hash = vocabulary_hash(tokenizer)
+    if getattr(config, "target_weights", None) is None:
+        config.target_weights = sample_weights(target)

@@ -67,7 +67,7 @@ def smollm2():
     """SmolLM2-135M-Instruct in float32, not to be changed, and its tokenizer."""
     import torch
 
-    from fspad.cli.smollm2 import load_smollm2
+    from fspad.bench.smollm2 import load_smollm2
 
     return load_smollm2(torch.float32)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fspad.cli.smollm2 import find_smollm2
+from fspad.bench.smollm2 import find_smollm2
 from helpers.models import make_head, make_target
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,6 +2,6 @@
 
 from .data import DataCollatorForFSPAD
 from .trainer import FSPADTrainer
-from .training_arguments import FSPADTrainingArguments
+from .training_arguments import PAPER, FSPADTrainingArguments
 
-__all__ = ["DataCollatorForFSPAD", "FSPADTrainer", "FSPADTrainingArguments"]
+__all__ = ["PAPER", "DataCollatorForFSPAD", "FSPADTrainer", "FSPADTrainingArguments"]

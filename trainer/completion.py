@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -43,24 +44,24 @@ def complete(
         New token ids of each prompt, the end token included.
 
     Raises:
-        ValueError: If the target does not keep what it has read in a cache of transformers.
+        ValueError: If the target does not keep what it has read in a cache of transformers, or gives NaN or infinity.
     """
     device = target.get_input_embeddings().weight.device
     input_ids, attention_mask, position_ids = _pad_left(prompts, device)
     temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
     draws = [random.Random(seed) for seed in (seeds or map(str, range(len(prompts))))]
-    cache = _make_cache(target)
-    kwargs = {"past_key_values": cache, "use_cache": True}
+    kwargs = {"past_key_values": (cache := _make_cache(target)), "use_cache": True}
     if target._supports_logits_to_keep():
         kwargs["logits_to_keep"] = 1
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
-    ended: set[int] = set()
+    rows, ended = list(range(len(prompts))), set[int]()
     for _ in range(max_new_tokens):
         outputs = target(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         _check_cache(target, outputs)
+        logits = outputs.logits[:, -1].float()
+        _check_finite(logits, [row not in ended for row in rows], target)
         uniform = torch.tensor([draws[row].random() for row in rows], dtype=torch.float32, device=device)
-        tokens = _next_tokens(outputs.logits[:, -1].float(), temperature, uniform)
+        tokens = _next_tokens(logits, temperature, uniform)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row not in ended:
                 answers[row].append(token)
@@ -157,6 +158,20 @@ def _check_cache(target: PreTrainedModel, outputs: object) -> None:
             f"expected a target that keeps keys and values in `past_key_values`, got {type(target).__name__}, which does "
             "not; FSPAD decodes plainly with such a target, so a head for it would be of no use."
         )
+
+
+def _check_finite(logits: torch.Tensor, counts: list[bool], target: PreTrainedModel) -> None:
+    # Those of banned tokens may be -inf, so that the largest one tells; it is NaN if any is.
+    largest = logits.amax(dim=-1).tolist()
+    if all(math.isfinite(logit) or not is_counted for logit, is_counted in zip(largest, counts, strict=True)):
+        return
+    advice = "check the target's weights (does it write sensible text?)"
+    if target.dtype == torch.float16:
+        advice = "float16 overflows above 65504: load the target in bfloat16 or float32"
+    raise ValueError(
+        f"expected finite logits from {type(target).__name__} in {str(target.dtype).removeprefix('torch.')}, got NaN or "
+        f"infinity; {advice}."
+    )
 
 
 def _next_tokens(logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

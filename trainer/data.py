@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from .chat import tokenize_messages, tokenize_prompt_and_completion
-from .loss import counted_rows
+from .marked_text import first_counted_row
 from .packing import pack_dataset
-from .token_ids import check_token_ids, to_integers
+from .rows import FORMS, NEED_TOKENIZER, PACKED, check_mask, dialogue_rows, packed_row
+from .token_ids import check_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -26,7 +26,8 @@ _ACCEPTED = (
     "`messages`, or `prompt_ids` + `response_ids`, or `prompt` + `completion`, or `input_ids` + `assistant_mask`"
 )
 _PREPARED = {"input_ids", "assistant_mask", "length"}
-_PACKED = ("input_ids", "assistant_mask", "position_ids")
+# So many dialogues are tokenized at once: one may be very long, but each batch is stored by itself.
+_BATCH_SIZE = 16
 # So many rows of a stream are read before it is said to have none to train on.
 _FIRST_ROWS = 1000
 
@@ -47,7 +48,7 @@ def prepare_dataset(
 
             - `input_ids` and `assistant_mask`, with `position_ids` if rows are packed;
             - `prompt_ids` and `response_ids`;
-            - `messages`, a chat of which every turn of the assistant counts;
+            - `messages`, a chat of which every turn of the assistant counts, maybe in a row of its own ([`mark_messages`]);
             - `prompt` and `completion`: two texts, of which the completion counts and gets the tokenizer's end token,
               or two lists of messages, of which the assistant's turns in the completion count, and in the prompt not.
         processing_class: The target's tokenizer; only needed for messages and text.
@@ -67,7 +68,7 @@ def prepare_dataset(
 
     is_stream = isinstance(dataset, datasets.IterableDataset)
     columns = _column_names(dataset, is_stream)
-    is_packed = columns.issuperset(_PACKED)
+    is_packed = columns.issuperset(PACKED)
     if packing and not is_packed:
         _check_packing(max_length, columns, is_stream)
     # Rows as they are stored: a transform would decode features, which can be gigabytes.
@@ -129,31 +130,38 @@ def _to_tokens(
 ) -> Dataset | IterableDataset:
     import datasets
 
-    form = next((form for form in [_PACKED, *_FORMS] if columns.issuperset(form)), None)
+    form = next((form for form in [PACKED, *FORMS] if columns.issuperset(form)), None)
     if form is None:
         raise ValueError(f"expected a dataset with {_ACCEPTED}, got the columns {sorted(columns)}; rename yours.")
-    if form in _NEED_TOKENIZER and tokenizer is None:
+    if form in NEED_TOKENIZER and tokenizer is None:
         raise ValueError(
             "expected a tokenizer as `processing_class` for a dataset with "
             f"{' and '.join(f'`{name}`' for name in form)}, got None; pass the target's tokenizer, or rows with token ids."
         )
-    kwargs: dict[str, Any] = {"input_columns": list(form), "fn_kwargs": {"max_length": max_length}}
-    if form != _PACKED:
-        tokenizer = _unused(tokenizer) if form in _NEED_TOKENIZER else None
+    kwargs: dict[str, Any] = {"function": packed_row, "fn_kwargs": {"max_length": max_length}}
+    if form != PACKED:
+        tokenizer = _unused(tokenizer) if form in NEED_TOKENIZER else None
         kwargs["fn_kwargs"] |= {"form": form, "tokenizer": tokenizer, "has_features": "features" in columns}
-    to_row = _packed_row if form == _PACKED else _dialogue_row
+        # A stream is read no further than its rows are asked for
+        kwargs |= {"function": dialogue_rows, "batched": True, "batch_size": 1 if is_stream else _BATCH_SIZE}
+    kwargs["input_columns"] = list(form)
     if is_stream:
-        return dataset.map(to_row, remove_columns=sorted(columns - {"features"}), **kwargs)
+        return dataset.map(remove_columns=sorted(columns - {"features"}), **kwargs)
     types = {
         "input_ids": datasets.List(datasets.Value("int32")),
         "assistant_mask": datasets.List(datasets.Value("int8")),
     }
-    if form == _PACKED:
+    if form == PACKED:
         types["position_ids"] = types["input_ids"]
     types["length"] = datasets.Value("int64")
     tokens = dataset.select_columns(list(form)).map(
-        to_row, remove_columns=list(form), features=datasets.Features(types), desc="Tokenizing dialogues", **kwargs
+        remove_columns=list(form), features=datasets.Features(types), desc="Tokenizing dialogues", **kwargs
     )
+    if len(tokens) > len(dataset):
+        logger.warning(
+            f"Made {len(tokens)} rows of {len(dataset)} dialogues: the chat template changes turns of the assistant when "
+            "others follow, so that the target reads each one in a text of its own."
+        )
     if "features" in columns:
         # Beside the tokens, since mapping would copy them.
         tokens = datasets.concatenate_datasets([tokens, dataset.select_columns(["features"])], axis=1)
@@ -171,68 +179,9 @@ def _unused(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _dialogue_row(
-    *values: Any,
-    form: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase | None,
-    max_length: int | None,
-    has_features: bool,
-) -> dict[str, Any]:
-    input_ids, assistant_mask = _FORMS[form](*values, tokenizer)
-    _check_mask(input_ids, assistant_mask)
-    start = 0 if has_features or max_length is None else _window_start(assistant_mask, max_length)
-    end = None if max_length is None else start + max_length
-    input_ids = input_ids[start:end]
-    # Nothing predicts the first token, and a mask that covers all that is left would look like a wrong one.
-    assistant_mask = [0, *assistant_mask[start:end][1:]] if input_ids else []
-    return {"input_ids": input_ids, "assistant_mask": assistant_mask, "length": len(input_ids)}
-
-
-def _packed_row(
-    input_ids: Sequence[int], assistant_mask: Sequence[int], position_ids: Sequence[int], max_length: int | None
-) -> dict[str, Any]:
-    input_ids, assistant_mask, position_ids = map(to_integers, (input_ids, assistant_mask, position_ids))
-    _check_mask(input_ids, assistant_mask)
-    if len(position_ids) != len(input_ids):
-        raise ValueError(
-            f"expected one position for each token, got {len(input_ids)} input_ids and {len(position_ids)} position_ids; "
-            "rebuild the row."
-        )
-    if max_length is not None and len(input_ids) > max_length:
-        raise ValueError(
-            f"expected packed rows of at most max_length={max_length} tokens, got one of {len(input_ids)}; pack the "
-            "dialogues again with this max_length."
-        )
-    assistant_mask = [value if position else 0 for value, position in zip(assistant_mask, position_ids, strict=True)]
-    row = {"input_ids": input_ids, "assistant_mask": assistant_mask, "position_ids": position_ids}
-    return {**row, "length": len(input_ids)}
-
-
-def _window_start(assistant_mask: list[int], max_length: int) -> int:
-    """Where to cut so that a row counts, if one of the dialogue does; at the beginning if that will do."""
-    rows = counted_rows(torch.as_tensor(assistant_mask)).nonzero()
-    if len(rows) == 0 or int(rows[0]) + 2 < max_length:
-        return 0
-    first_token = int(rows[0]) + 1
-    return max(0, min(first_token - max_length // 2, len(assistant_mask) - max_length))
-
-
-def _check_mask(input_ids: list[int], assistant_mask: list[int]) -> None:
-    if len(input_ids) != len(assistant_mask):
-        raise ValueError(
-            f"expected one mask value for each token, got {len(input_ids)} input_ids and {len(assistant_mask)} values "
-            "of assistant_mask; rebuild the row."
-        )
-    if input_ids and all(assistant_mask):
-        raise ValueError(
-            f"expected a mask of the assistant's tokens, got ones for all {len(input_ids)} tokens; the prompt must be "
-            "in the row and be masked with zeros."
-        )
-
-
 def _has_counted_rows(input_ids: list[int], assistant_mask: list[int]) -> bool:
-    _check_mask(input_ids, assistant_mask)
-    return bool(counted_rows(torch.as_tensor(assistant_mask)).any())
+    check_mask(input_ids, assistant_mask)
+    return first_counted_row(assistant_mask) is not None
 
 
 def _check_first_rows(stream: IterableDataset) -> None:
@@ -253,26 +202,6 @@ def _report_dropped(before: int, after: int) -> None:
         )
     if after < before:
         logger.warning(f"Dropped {before - after} of {before} rows without two tokens of the assistant in a row.")
-
-
-def _from_mask(input_ids: Sequence[int], assistant_mask: Sequence[int], _: Any) -> tuple[list[int], list[int]]:
-    return to_integers(input_ids), to_integers(assistant_mask)
-
-
-def _from_prompt_and_response(prompt: Sequence[int], response: Sequence[int], _: Any) -> tuple[list[int], list[int]]:
-    prompt, response = to_integers(prompt), to_integers(response)
-    # Without a prompt there is nothing that the response was drafted after.
-    return (prompt + response, [0] * len(prompt) + [1] * len(response)) if prompt else ([], [])
-
-
-# Token ids before text: they are what the target really wrote.
-_FORMS = {
-    ("input_ids", "assistant_mask"): _from_mask,
-    ("prompt_ids", "response_ids"): _from_prompt_and_response,
-    ("messages",): tokenize_messages,
-    ("prompt", "completion"): tokenize_prompt_and_completion,
-}
-_NEED_TOKENIZER = (("messages",), ("prompt", "completion"))
 
 
 @dataclass

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +26,15 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# What is lost at most when a run is killed, and held in memory until it is written.
+# Most bytes of a shard, which are held in memory until it is written, and seconds that go into one: what is lost at most
+# when a run is killed.
 _SHARD_BYTES = 1 << 28
+_SHARD_SECONDS = 30.0
+# Rows that the first shard of a run has, before the speed is known.
+_FIRST_ROWS = 16
 # Rows of a shard that are copied at once while it is written.
 _ROWS_AT_ONCE = 64
+_SHARD_NAME = re.compile(r"features-(\d+)-(\d+)\.arrow")
 # Integers of the sizes of all elements, whose sums are exact in any order.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ELEMENTS_AT_ONCE = 1 << 24
@@ -39,7 +46,7 @@ _NO_MATTER = {
 
 
 class FeatureShards:
-    """A folder with the features of one dataset by one target.
+    """A folder with the features of one dataset by one target, in files that each hold the features of some rows.
 
     Args:
         folder: The folder. It is made.
@@ -50,13 +57,11 @@ class FeatureShards:
     def __init__(self, folder: Path, settings: dict[str, Any], row_bytes: list[int]):
         self.folder = folder
         self.row_bytes = row_bytes
-        self.rows = list(_split(row_bytes))
-        self.settings = {**settings, "shards": len(self.rows)}
+        self.settings = settings
         self._file = folder / "features.json"
-        self.paths = [folder / f"features-{i:05}-of-{len(self.rows):05}.arrow" for i in range(len(self.rows))]
 
     def fill(self, compute: Callable[[range], list[torch.Tensor]], lengths: Sequence[int]) -> None:
-        """Compute the shards that are missing.
+        """Compute the rows that are missing.
 
         Args:
             compute: From rows of the dataset to the features of each, of shape `(length, hidden)`.
@@ -76,12 +81,16 @@ class FeatureShards:
             self._claim()
             missing = self._missing()
             self._warn_of_full_disk(missing)
-            completed = len(lengths) - sum(len(self.rows[place]) for place in missing)
-            with show_progress("features", len(lengths), completed) as advance:
-                for place in missing:
-                    rows = self.rows[place]
-                    _write_shard(self.paths[place], compute(rows))
-                    advance(len(rows), sum(lengths[rows.start : rows.stop]))
+            with show_progress("features", len(lengths), len(lengths) - sum(map(len, missing))) as advance:
+                seconds_per_byte = None
+                for gap in missing:
+                    while gap:
+                        rows = self._next_rows(gap, seconds_per_byte)
+                        start = time.perf_counter()
+                        _write_shard(self._path(rows), compute(rows))
+                        seconds_per_byte = (time.perf_counter() - start) / self._size(rows)
+                        advance(len(rows), sum(lengths[rows.start : rows.stop]))
+                        gap = range(rows.stop, gap.stop)
 
     def load(self) -> Dataset:
         """Map the shards into memory.
@@ -96,8 +105,8 @@ class FeatureShards:
         import pyarrow.compute
 
         shards = []
-        for path, rows in zip(self.paths, self.rows, strict=True):
-            expected, got = self.row_bytes[rows.start : rows.stop], []
+        for rows in self._shards():
+            path, expected, got = self._path(rows), self.row_bytes[rows.start : rows.stop], []
             try:
                 shards.append(datasets.Dataset.from_file(str(path)))
                 got = pyarrow.compute.binary_length(shards[-1].data["features"]).to_pylist()
@@ -111,11 +120,39 @@ class FeatureShards:
                 )
         return datasets.concatenate_datasets(shards)
 
-    def _missing(self) -> list[int]:
-        return [place for place, path in enumerate(self.paths) if not path.exists()]
+    def _shards(self) -> list[range]:
+        """The rows of each shard, in order."""
+        matches = (_SHARD_NAME.fullmatch(path.name) for path in self.folder.glob("features-*.arrow"))
+        shards = (range(int(match[1]), int(match[2]) + 1) for match in matches if match)
+        return sorted(shards, key=lambda rows: rows.start)
+
+    def _missing(self) -> list[range]:
+        """The rows between shards that are in none."""
+        starts = [0, *(rows.stop for rows in self._shards())]
+        stops = [*(rows.start for rows in self._shards()), len(self.row_bytes)]
+        return [range(start, stop) for start, stop in zip(starts, stops, strict=True) if start != stop]
+
+    def _path(self, rows: range) -> Path:
+        return self.folder / f"features-{rows.start:08}-{rows.stop - 1:08}.arrow"
+
+    def _size(self, rows: range) -> int:
+        return sum(self.row_bytes[rows.start : rows.stop])
+
+    def _next_rows(self, gap: range, seconds_per_byte: float | None) -> range:
+        """The rows of the next shard, as many as a shard may take of time and memory, and one at least."""
+        most = _SHARD_BYTES if seconds_per_byte is None else min(_SHARD_BYTES, _SHARD_SECONDS / seconds_per_byte)
+        stop, size = gap.start + 1, self.row_bytes[gap.start]
+        while stop < gap.stop and size + self.row_bytes[stop] <= most:
+            if seconds_per_byte is None and stop - gap.start == _FIRST_ROWS:
+                break
+            size += self.row_bytes[stop]
+            stop += 1
+        return range(gap.start, stop)
 
     def _claim(self) -> None:
         """Write what the shards will be computed from or, if there are any, check what they were."""
+        for part in self.folder.glob("*.part"):
+            part.unlink()  # of a run that was killed
         if any(self.folder.glob("features-*.arrow")):
             self._check()
         else:
@@ -134,8 +171,8 @@ class FeatureShards:
                 f"({'; '.join(differences)}): name another folder, or remove this one to have them computed again."
             )
 
-    def _warn_of_full_disk(self, missing: Sequence[int]) -> None:
-        needed = sum(self.row_bytes[row] for place in missing for row in self.rows[place])
+    def _warn_of_full_disk(self, missing: Sequence[range]) -> None:
+        needed = sum(map(self._size, missing))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             logger.warning(
@@ -252,17 +289,6 @@ def _comparable(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, 
     for name in sorted(before_config.keys() & config.keys()):
         before[f"config.{name}"], now[f"config.{name}"] = before_config[name], config[name]
     return before, now
-
-
-def _split(row_bytes: Sequence[int]) -> Iterator[range]:
-    """Ranges of rows, each of about the size of a shard."""
-    start = size = 0
-    for row, more in enumerate(row_bytes):
-        if size and size + more > _SHARD_BYTES:
-            yield range(start, row)
-            start, size = row, 0
-        size += more
-    yield range(start, len(row_bytes))
 
 
 def _write_shard(path: Path, features: Sequence[torch.Tensor]) -> None:

@@ -5,17 +5,23 @@ Row i of the head pairs the feature f_i with the token i+1. Its label is the fea
     loss = v_w * SmoothL1(regress_i, f_{i+1}) - p_w * sum_v p_i(v) log q_i(v)
 
 with `p_i = softmax(W f_{i+1})`, `q_i = softmax(W predict_i)` and `W` the target's LM head (its rows of the draft
-vocabulary, if there is one), averaged over the rows that the assistant wrote.
+vocabulary, if there is one), averaged over the rows that the assistant wrote. A further term is a function of
+[`CountedRows`], and a line in [`compute_losses`].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from fspad.modeling_fspad import FSPADOutput
+
+    from .training_arguments import FSPADTrainingArguments
 
 
 @dataclass
@@ -105,26 +111,170 @@ def dialogue_lengths(attention_mask: torch.Tensor, position_ids: torch.Tensor | 
     return counts.gather(1, dialogues - 1)
 
 
-def feature_loss(regress: torch.Tensor, label_features: torch.Tensor) -> torch.Tensor:
+@dataclass
+class CountedRows:
+    """What the loss is a function of: the rows that count, of all draft steps.
+
+    Args:
+        predict: What goes to the LM head, of shape `(steps, rows, hidden)`.
+        regress: Predicted features, of shape `(steps, rows, hidden)`.
+        label_features: True features of the same rows, of shape `(rows, hidden)`.
+        mask: Which rows count at each step, of shape `(steps, rows)` and dtype bool; at the first step all do.
+    """
+
+    predict: torch.Tensor
+    regress: torch.Tensor
+    label_features: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def select(cls, outputs: Sequence[FSPADOutput], batch: AlignedBatch, step_masks: torch.Tensor) -> CountedRows:
+        """Select the rows that count at the first step.
+
+        Args:
+            outputs: The head's output of each draft step.
+            batch: The batch that they are of.
+            step_masks: Which rows count at each step, of shape `(steps, batch, length)`; those of later steps are among
+                those of the first.
+
+        Returns:
+            The rows.
+        """
+        places = batch.row_mask.flatten().nonzero().squeeze(1)
+
+        def rows_of(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.flatten(0, 1).index_select(0, places)
+
+        predict = torch.stack([rows_of(output.predict) for output in outputs])
+        # Without partial alignment both are the same vector
+        is_same = all(output.predict is output.regress for output in outputs)
+        regress = predict if is_same else torch.stack([rows_of(output.regress) for output in outputs])
+        return cls(predict, regress, rows_of(batch.label_features), step_masks.flatten(1)[:, places])
+
+
+_COUNTS = ("rows", "correct", "in_top_k", "tokens")
+
+
+@dataclass
+class LossSums:
+    """Sums over the counted rows of each draft step; every tensor but `tokens` is of shape `(steps,)`.
+
+    Args:
+        terms: Terms of the loss by name, without their weights.
+        rows: Counted rows.
+        correct: Rows whose most probable token is the target's.
+        in_top_k: Rows where the target's most probable token is among the k of the draft.
+        tokens: Tokens of the batches, padding left out, a scalar; `None` if nobody counts them.
+    """
+
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+    in_top_k: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+    def add(self, other: LossSums) -> None:
+        """Add other sums to these.
+
+        Args:
+            other: Sums of as many draft steps.
+        """
+        for name, value in other.terms.items():
+            self.terms[name] = self.terms[name] + value if name in self.terms else value
+        for name in _COUNTS:
+            mine, others = getattr(self, name), getattr(other, name)
+            if others is not None:
+                setattr(self, name, others if mine is None else mine + others)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LossSums:
+        """Apply a function to each tensor, such as a sum over processes.
+
+        Args:
+            function: From a tensor to another.
+
+        Returns:
+            New sums.
+        """
+        counts = {name: value for name in _COUNTS if (value := getattr(self, name)) is not None}
+        terms = {name: function(value) for name, value in self.terms.items()}
+        return LossSums(terms, **{name: function(value) for name, value in counts.items()})
+
+    def averages(self, step_weights: torch.Tensor, top_k: int | None = None) -> dict[str, float]:
+        """Average over rows.
+
+        Args:
+            step_weights: Weight of each trained draft step, of shape `(trained steps,)`.
+            top_k: The k of `in_top_k`, if it is to be told.
+
+        Returns:
+            Each term, summed over the trained steps as in the loss; and the accuracy of every step.
+        """
+        if self.rows is None:
+            return {}
+        first = max(1.0, self.rows[0].item())
+        weights = step_weights.to(self.rows.device)
+        metrics = {
+            name: (values[: len(weights)] * weights).sum().item() / first for name, values in self.terms.items()
+        }
+        for step, (correct, rows) in enumerate(zip(self.correct.tolist(), self.rows.tolist(), strict=True), start=1):
+            metrics["accuracy" if step == 1 else f"accuracy_depth_{step}"] = correct / max(1.0, rows)
+        if top_k is not None:
+            metrics[f"accuracy_top_{top_k}"] = self.in_top_k[0].item() / first
+        return metrics
+
+
+def compute_losses(
+    rows: CountedRows,
+    args: FSPADTrainingArguments,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    top_k: int = 1,
+) -> tuple[torch.Tensor, LossSums]:
+    """The loss of a batch, summed over its counted rows.
+
+    Args:
+        rows: The counted rows of all draft steps; of those beyond the trained ones only the sums are told.
+        args: Weights of terms and steps.
+        lm_head: From features to logits, over the vocabulary that the head scores.
+        top_k: How many of the draft's most probable tokens are looked at.
+
+    Returns:
+        The weighted loss, a scalar; and the sums that it was made of, without a gradient.
+    """
+    sum_logits_loss, correct, in_top_k = logits_loss(
+        rows.predict, rows.label_features, rows.mask, lm_head, args.logits_chunk_size, top_k
+    )
+    terms = {
+        "feature_loss": (args.feature_loss_weight, feature_loss(rows)),
+        "logits_loss": (args.logits_loss_weight, sum_logits_loss),
+    }
+    step_weights = args.draft_step_weights.to(rows.mask.device)
+    trained = len(step_weights)
+    loss = sum(weight * (value[:trained] * step_weights).sum() for weight, value in terms.values())
+    sums = {name: value.detach().float() for name, (_, value) in terms.items()}
+    return loss, LossSums(sums, rows.mask.sum(dim=1).float(), correct.float(), in_top_k.float())
+
+
+def feature_loss(rows: CountedRows) -> torch.Tensor:
     """Smooth L1 distance of predicted and true features, averaged over the hidden size and summed over rows.
 
     Args:
-        regress: Predicted features of the counted rows, of shape `(rows, hidden)`.
-        label_features: True features of the same rows, of shape `(rows, hidden)`.
+        rows: The counted rows of all draft steps.
 
     Returns:
-        A scalar in at least fp32.
+        The sum of each draft step, of shape `(steps,)` and at least fp32.
     """
-    regress = _at_least_fp32(regress)
-    distance = F.smooth_l1_loss(regress, label_features.to(regress.dtype), reduction="none")
-    return distance.mean(dim=-1).sum()
+    regress = _at_least_fp32(rows.regress)
+    labels = rows.label_features.to(regress.dtype).expand_as(regress)
+    distance = F.smooth_l1_loss(regress, labels, reduction="none").mean(dim=-1)  # (steps, rows)
+    return (distance * rows.mask).sum(dim=1)
 
 
 def logits_loss(
     predict: torch.Tensor,
     label_features: torch.Tensor,
+    mask: torch.Tensor,
     lm_head: Callable[[torch.Tensor], torch.Tensor],
-    chunk_size: int = 128,
+    chunk_size: int = 64,
     top_k: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Soft cross-entropy of the draft's distribution against the target's, summed over rows.
@@ -132,20 +282,22 @@ def logits_loss(
     With a draft vocabulary both are distributions over its tokens: what the head can never draft is not worth the
     full vocabulary's logits, which would cost more than the head itself.
 
-    Never more than `chunk_size` rows of logits exist at once; the gradient of each chunk is formed with its loss.
+    Never more than `chunk_size` rows of logits exist at once; the gradient of each chunk is formed with its loss. The
+    target's distribution is computed once for all draft steps.
 
     Args:
-        predict: Predictions of the counted rows, of shape `(rows, hidden)`.
+        predict: Predictions, of shape `(steps, rows, hidden)`.
         label_features: Features whose logits are the soft labels, of shape `(rows, hidden)`.
+        mask: Which rows count at each step, of shape `(steps, rows)` and dtype bool.
         lm_head: From features to logits, over the vocabulary that the head scores.
         chunk_size: Rows at once.
-        top_k: How many of the draft's most probable tokens are looked at.
+        top_k: How many of the draft's most probable tokens are looked at, at the first step.
 
     Returns:
-        The loss, a scalar in at least fp32; the number of rows where both have the same most probable token; and the
-        number of those where the target's most probable token is among the `top_k` of the draft.
+        For each step, of shape `(steps,)`: the loss, in at least fp32; the number of rows where both have the same most
+        probable token; and the number of those where the target's most probable token is among the `top_k` of the draft.
     """
-    return _ChunkedSoftCrossEntropy.apply(predict, label_features, lm_head, chunk_size, top_k)
+    return _ChunkedSoftCrossEntropy.apply(predict, label_features, mask, lm_head, chunk_size, top_k)
 
 
 class _ChunkedSoftCrossEntropy(torch.autograd.Function):
@@ -154,29 +306,35 @@ class _ChunkedSoftCrossEntropy(torch.autograd.Function):
         ctx: Any,
         predict: torch.Tensor,
         label_features: torch.Tensor,
+        mask: torch.Tensor,
         lm_head: Callable[[torch.Tensor], torch.Tensor],
         chunk_size: int,
         top_k: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(predict) if needs_gradient else None
-        loss = predict.new_zeros((), dtype=torch.promote_types(predict.dtype, torch.float32))
-        correct = torch.zeros((), dtype=torch.long, device=predict.device)
+        num_steps, num_rows, _ = predict.shape
+        gradient = torch.zeros_like(predict) if needs_gradient else None
+        loss = predict.new_zeros(num_steps, dtype=torch.promote_types(predict.dtype, torch.float32))
+        correct = torch.zeros(num_steps, dtype=torch.long, device=predict.device)
         in_top_k = torch.zeros_like(correct)
-        for start in range(0, predict.shape[0], chunk_size):
-            rows = slice(start, start + chunk_size)
-            chunk = predict[rows].detach().requires_grad_(needs_gradient)
-            with torch.set_grad_enabled(needs_gradient):
-                draft_logits = lm_head(chunk)
-            chunk_loss, logits_gradient, chunk_correct, chunk_in_top_k = _soft_cross_entropy(
-                draft_logits.detach(), lm_head(label_features[rows]), needs_gradient, top_k
-            )
-            if gradient is not None:
-                # Through the LM head by autograd, so that any of them, with its scale and soft cap, is right.
-                (gradient[rows],) = torch.autograd.grad(draft_logits, chunk, logits_gradient)
-            loss += chunk_loss.to(loss.device)
-            correct += chunk_correct.to(correct.device)
-            in_top_k += chunk_in_top_k.to(in_top_k.device)
+        for start in range(0, num_rows, chunk_size):
+            chunk = slice(start, start + chunk_size)
+            probs = F.softmax(_at_least_fp32(lm_head(label_features[chunk])), dim=-1)
+            best = probs.argmax(dim=-1, keepdim=True)  # (rows, 1)
+            for step in range(num_steps):
+                drafts = predict[step, chunk].detach().requires_grad_(needs_gradient)
+                with torch.set_grad_enabled(needs_gradient):
+                    logits = lm_head(drafts)
+                counted = mask[step, chunk].to(logits.device)
+                log_probs = F.log_softmax(_at_least_fp32(logits.detach()), dim=-1)
+                loss[step] -= ((probs * log_probs).sum(dim=-1) * counted).sum().to(loss.device)
+                agrees, is_near = _agreement(log_probs, best, top_k if step == 0 else 1)
+                correct[step] += (agrees & counted).sum().to(correct.device)
+                in_top_k[step] += (is_near & counted).sum().to(correct.device)
+                if gradient is not None:
+                    logits_gradient = log_probs.exp_().sub_(probs).mul_(counted[:, None]).to(logits.dtype)
+                    # Through the LM head by autograd, so that any of them, with its scale and soft cap, is right.
+                    (gradient[step, chunk],) = torch.autograd.grad(logits, drafts, logits_gradient)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct, in_top_k)
         return loss, correct, in_top_k
@@ -184,25 +342,17 @@ class _ChunkedSoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None, None, None
+        return gradient * loss_gradient.to(gradient.dtype)[:, None, None], None, None, None, None, None
 
 
-def _soft_cross_entropy(
-    draft_logits: torch.Tensor, target_logits: torch.Tensor, needs_gradient: bool, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Loss, its gradient with respect to the draft's logits, and the rows that agree on the best token and in the top k."""
-    target_probs = F.softmax(_at_least_fp32(target_logits), dim=-1)
-    draft_log_probs = F.log_softmax(_at_least_fp32(draft_logits), dim=-1)
-    loss = -torch.dot(target_probs.flatten(), draft_log_probs.flatten())
-    best = target_probs.argmax(dim=-1)
-    correct = in_top_k = (draft_log_probs.argmax(dim=-1) == best).sum()
-    if top_k > 1:
-        drafts = draft_log_probs.topk(min(top_k, draft_log_probs.shape[-1]), dim=-1).indices  # (rows, top_k)
-        in_top_k = (drafts == best[:, None]).sum()
-    if not needs_gradient:
-        return loss, None, correct, in_top_k
-    logits_gradient = draft_log_probs.exp_().sub_(target_probs)
-    return loss, logits_gradient.to(draft_logits.dtype), correct, in_top_k
+def _agreement(log_probs: torch.Tensor, best: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether a token is the draft's most probable one, and whether it is among the top k; each of shape `(rows,)`."""
+    # A comparison with the maximum, as its place takes much longer to find
+    agrees = log_probs.gather(1, best).squeeze(1) >= log_probs.amax(dim=-1)
+    if top_k == 1:
+        return agrees, agrees
+    drafts = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1).indices  # (rows, top_k)
+    return agrees, (drafts == best).any(dim=-1)
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,17 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from fspad.hub_cards import FSPADModelCard, push_folder
+from fspad.hub_cards import push_folder
 from fspad.hub_cards.staging import HEAD_FILES, NOT_HEAD_FILES
+
+from .cards import make_card
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from huggingface_hub import CommitInfo
+
+    from fspad.hub_cards import FSPADModelCard
 
     from .training_arguments import FSPADTrainingArguments
 
@@ -61,15 +65,15 @@ class PushingMixin:
         """The card of the head as it is now.
 
         Args:
-            **facts: What the trainer does not know, as in [`~fspad.hub_cards.FSPADModelCard.from_trainer`], e.g.
-                `license`, `dataset` or `measurements`.
+            **facts: What the trainer does not know, as in [`~fspad.trainer.cards.make_card`], e.g. `license`, `dataset`
+                or `measurements`.
 
         Returns:
             The card, or `None` for an adapter of a head, whose card PEFT writes.
         """
         if getattr(self.model, "active_peft_config", None) is not None:
             return None
-        return FSPADModelCard.from_trainer(self, **facts)
+        return make_card(self, **facts)
 
     def create_model_card(self, **facts: Any) -> None:
         """Write the card of the head to the output folder, with plots if there is matplotlib.

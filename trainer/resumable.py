@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 SUFFIXES = (".jsonl", ".parquet")
+_FORBIDDEN = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
-def check_suffix(path: Path) -> None:
-    """Check that this kind of file can be written.
+def check_output(path: Path) -> None:
+    """Check that a file can be written, as far as that can be told before.
 
     Args:
         path: Path of the file.
 
     Raises:
         ImportError: If that needs a package that is missing.
-        ValueError: If it ends in neither `.jsonl` nor `.parquet`.
+        OSError: If its folder cannot be written to.
+        ValueError: If it is a folder, or ends in neither `.jsonl` nor `.parquet`.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"expected an output file that ends in {' or '.join(SUFFIXES)}, got {path}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ImportError('writing Parquet needs pyarrow: `pip install "fspad[train]"`')
+    if path.is_dir():
+        raise ValueError(f"expected an output file, got the folder {path}: name a file in it")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        got = "which cannot be written to" if folder.is_dir() else "which is a file"
+        raise OSError(
+            f"expected an output file in a folder that can be written to, got one in {folder}, {got}: name another"
+        )
 
 
 class ResumableFile:
@@ -41,23 +54,27 @@ class ResumableFile:
 
     Raises:
         ImportError: If Parquet needs a package that is missing.
-        ValueError: If the suffix is another, or the file has rows of a run with other settings or of an unknown one.
+        OSError: If the folder cannot be made or written to.
+        ValueError: If the suffix is another, the file has rows of a run with other settings or of an unknown one, or it
+            cannot be read.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        check_suffix(path)
+        check_output(path)
         self.path = path
         self.is_parquet = path.suffix == ".parquet"
         self._rows = path.with_name(path.name + ".jsonl") if self.is_parquet else path
         self._settings = path.with_name(path.name + ".settings.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with say_how_to_go_on(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         if any(file.exists() and file.stat().st_size for file in (path, self._rows)):
             self._check_settings(settings)
         else:
             write_whole(self._settings, [json.dumps(settings, indent=2, ensure_ascii=False) + "\n"])
         if self.is_parquet and path.exists() and not self._rows.exists():
             write_whole(self._rows, map(_to_line, _read_parquet(path)))
-        self._rows.touch()
+        with say_how_to_go_on(self._rows):
+            self._rows.touch()
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Read the rows that there are, and cut off a line that was only half written.
@@ -66,7 +83,7 @@ class ResumableFile:
             Each row.
 
         Raises:
-            ValueError: If a line is no JSON.
+            ValueError: If a line is no row.
         """
         end = 0
         with self._rows.open("rb+") as file:
@@ -74,11 +91,14 @@ class ResumableFile:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
+                    row = json.loads(line)
+                except (RecursionError, ValueError):
+                    row = None
+                if not isinstance(row, dict):
                     raise ValueError(
                         f"{self._rows}:{number}: expected a row, got {line[:80]!r}; remove this line to have it done again."
-                    ) from error
+                    )
+                yield row
                 end += len(line)
             file.truncate(end)
 
@@ -111,7 +131,15 @@ class ResumableFile:
             raise ValueError(
                 f"expected {self._settings}, which says how {self.path} was written, got no such file: write to a new file."
             )
-        before = json.loads(self._settings.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(self._settings.read_text(encoding="utf-8"))
+        except (RecursionError, ValueError):
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"expected {self._settings}, which says how {self.path} was written, got what cannot be read: write to a "
+                "new file."
+            )
         if differences := find_differences(before, settings):
             raise ValueError(
                 f"expected the settings that {self.path} was begun with, got others ({'; '.join(differences)}): go on with "
@@ -138,21 +166,28 @@ def find_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 @contextmanager
-def say_how_to_go_on(path: Path) -> Iterator[None]:
+def say_how_to_go_on(path: Path, how: str = "run the same again") -> Iterator[None]:
     """Tell, of what cannot be written inside of the `with` block, that what is there is kept.
 
     Args:
         path: What is written.
+        how: How to go on.
 
     Raises:
         OSError: In place of the one that the block raises.
     """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        # Writers of weights have errors of their own for a full disk
+        is_full = "No space left" in str(error) or "PytorchStreamWriter" in str(error)
+        if not (is_full or isinstance(error, OSError)):
+            raise
+        is_forbidden = getattr(error, "errno", None) in _FORBIDDEN
+        advice = "see to it that it can be written to" if is_forbidden else "make room"
         raise OSError(
-            f"could not write to {path} ({error.strerror or error}). What was written before is kept: make room, and run "
-            "the same again to go on."
+            f"could not write to {path} ({getattr(error, 'strerror', None) or error}). What was written before is kept: "
+            f"{advice}, and {how} to go on."
         ) from error
 
 
@@ -179,9 +214,15 @@ def write_whole(path: Path, lines: Iterable[str]) -> None:
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = shorten(str(error), 300)
+        raise ValueError(
+            f"expected Parquet in {path}, got what cannot be read: {reason}; write to a new file."
+        ) from error
 
 
 def _write_parquet(rows: Iterator[dict[str, Any]], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from itertools import count as count_from
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from fspad.target_config import common_value
+
+from .chat import PLACEHOLDER, check_chat_template, template_errors
 from .completion import complete, find_end_ids
 from .progress import show_progress
 from .resumable import ResumableFile
@@ -18,8 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Not a text that a user would write, and the same after every template.
-_PLACEHOLDER = "FSPAD-USER-TURN"
+_COLUMNS = ("index", "temperature", "messages", "prompt_ids", "response_ids")
 # Prompts of so many batches are sorted by length, for less padding.
 _WINDOW = 8
 # After so many attempts in a row without a new prompt, a target is taken to have no more.
@@ -60,9 +63,11 @@ def synthesize(
 
     Raises:
         OSError: If the file cannot be written, e.g. to a full disk. It can be gone on with.
-        ValueError: If the file was begun with other prompts, another target or other settings, or no prompt is short
-            enough.
+        ValueError: If target, tokenizer and settings do not go together, the file was begun with other prompts, another
+            target or other settings, no prompt is short enough, or the target gives NaN or infinity.
     """
+    check_settings(target, tokenizer, temperatures, max_new_tokens)
+    _check_prompts(prompts, target, tokenizer)
     settings = _settings(target, temperatures, max_new_tokens, seed)
     file = ResumableFile(Path(output_file), settings)
     done = _read_done(file, prompts)
@@ -75,24 +80,55 @@ def synthesize(
             heat = [settings["temperatures"][index % len(temperatures)] for index in indices]
             seeds = [f"{seed} answer {index}" for index in indices]
             answers = complete(target, prompt_ids, heat, max_new_tokens, end_ids, seeds)
-            file.append(
-                {
-                    "index": index,
-                    "temperature": temperature,
-                    "messages": [
-                        _user(prompts[index]),
-                        {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)},
-                    ],
-                    "prompt_ids": ids,
-                    "response_ids": answer,
-                }
-                for index, temperature, ids, answer in zip(indices, heat, prompt_ids, answers, strict=True)
-            )
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            messages = [[_user(prompts[index]), _assistant(text)] for index, text in zip(indices, texts, strict=True)]
+            columns = (indices, heat, messages, prompt_ids, answers)
+            file.append(dict(zip(_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True))
             written += len(batch)
             advance(len(batch), sum(map(len, answers)))
     _report_too_long(len(prompts), len(done) + written, longest)
     file.finish()
     return written
+
+
+def check_settings(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperatures: Sequence[float], max_new_tokens: int
+) -> None:
+    """Check that a target can answer with these settings.
+
+    Args:
+        target: The target.
+        tokenizer: Its tokenizer.
+        temperatures: Temperatures of the answers.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template, or a setting is out of range.
+    """
+    check_temperatures(temperatures)
+    check_chat_template(tokenizer, "or name a target that was trained on dialogues")
+    if not 0 < max_new_tokens < (positions := _num_positions(target)):
+        raise ValueError(
+            f"expected `max_new_tokens` above 0 and below {positions}, the target's `max_position_embeddings`, which have to "
+            f"hold a prompt too, got {max_new_tokens}; choose another length."
+        )
+
+
+def check_temperatures(temperatures: Sequence[float]) -> None:
+    """Check temperatures to sample at.
+
+    Args:
+        temperatures: The temperatures.
+
+    Raises:
+        ValueError: If there is none, or one is negative or not finite.
+    """
+    wrong = [temperature for temperature in temperatures if not (math.isfinite(temperature) and temperature >= 0)]
+    if wrong or not temperatures:
+        raise ValueError(
+            f"expected temperatures of 0 (greedy) or more, got {wrong[0] if wrong else 'none'}; 1 samples as the target "
+            "was trained."
+        )
 
 
 def _settings(
@@ -115,7 +151,11 @@ def _read_done(file: ResumableFile, prompts: Sequence[str]) -> set[int]:
     done: set[int] = set()
     for number, row in enumerate(file.read(), start=1):
         index = row.get("index")
-        if index is None or index >= len(prompts) or row["messages"][0]["content"] != prompts[index]:
+        try:
+            is_answer = index >= 0 and row["messages"][0]["content"] == prompts[index]
+        except (LookupError, TypeError):
+            is_answer = False
+        if not is_answer:
             raise ValueError(
                 f"expected answers to these prompts in {file.path}, got one to another prompt in line {number}: write to a "
                 "new file, or go on with the prompts that it began with."
@@ -126,8 +166,28 @@ def _read_done(file: ResumableFile, prompts: Sequence[str]) -> set[int]:
 
 def _longest_prompt(target: PreTrainedModel, max_new_tokens: int) -> float:
     """How many tokens a prompt may have."""
-    positions = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return positions - max_new_tokens if positions else float("inf")
+    return _num_positions(target) - max_new_tokens
+
+
+def _num_positions(target: PreTrainedModel) -> float:
+    positions = common_value(target.config.get_text_config(decoder=True), "max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else float("inf")
+
+
+def _check_prompts(prompts: Sequence[str], target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the target can read all prompts, if its tokenizer has tokens that the target does not."""
+    if max(tokenizer.get_vocab().values(), default=0) >= target.get_input_embeddings().weight.shape[0]:
+        for index, prompt in enumerate(prompts):
+            _check_ids(_prompt_ids(tokenizer, prompt), target, f"prompt {index} ({prompt[:80]!r})")
+
+
+def _check_ids(ids: Sequence[int], target: PreTrainedModel, where: str) -> None:
+    size = target.get_input_embeddings().weight.shape[0]
+    if max(ids) >= size:
+        raise ValueError(
+            f"expected token ids below {size}, the number of the target's embeddings, got {max(ids)} in {where}; load the "
+            "tokenizer that belongs to the target."
+        )
 
 
 def _batches(
@@ -153,8 +213,18 @@ def _user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    encoded = tokenizer.apply_chat_template([_user(prompt)], add_generation_prompt=True, return_dict=True)
+    messages = [_user(prompt)]
+    with template_errors(messages):
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    if not encoded["input_ids"]:
+        raise ValueError(
+            f"expected a chat template that writes a prompt, got nothing for {prompt[:80]!r}: set another."
+        )
     return list(encoded["input_ids"])
 
 
@@ -198,14 +268,14 @@ def write_prompts(
 
     Raises:
         OSError: If the file cannot be written, e.g. to a full disk. It can be gone on with.
-        ValueError: If the chat template does not show the user's text as it is, 320 attempts in a row give no new
-            prompt, or the file was begun with another target or other settings.
+        ValueError: If target, tokenizer and settings do not go together, the chat template does not show the user's text
+            as it is, 320 attempts in a row give no new prompt, the file was begun with another target or other settings,
+            or the target gives NaN or infinity.
     """
+    check_settings(target, tokenizer, [temperature], max_new_tokens)
+    opening, end_ids = _user_turn(target, tokenizer, max_new_tokens)
     file = ResumableFile(Path(output_file), _settings(target, [temperature], max_new_tokens, seed))
-    rows = list(file.read())
-    prompts = {row["prompt"]: None for row in rows}
-    opening, end_ids = _user_turn(target, tokenizer)
-    next_attempt = rows[-1]["index"] + 1 if rows else 0
+    prompts, next_attempt = _read_prompts(file)
     fruitless = 0
     with show_progress("prompts", max(count, len(prompts)), len(prompts)) as advance:
         # The batch that was not finished is done once more from its beginning, so that batches stay the same.
@@ -234,15 +304,38 @@ def write_prompts(
     return list(prompts)
 
 
-def _user_turn(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _read_prompts(file: ResumableFile) -> tuple[dict[str, None], int]:
+    """The prompts in a file, and the number of the next attempt."""
+    prompts, next_attempt = {}, 0
+    for number, row in enumerate(file.read(), start=1):
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("index"), int):
+            raise ValueError(
+                f"expected prompts in {file.path}, got something else in line {number}: write to a new file."
+            )
+        prompts[row["prompt"]] = None
+        next_attempt = row["index"] + 1
+    return prompts, next_attempt
+
+
+def _user_turn(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> tuple[list[int], list[int]]:
     """The token ids before what the user writes, and those that end it."""
-    before, found, after = tokenizer.apply_chat_template([_user(_PLACEHOLDER)], tokenize=False).partition(_PLACEHOLDER)
+    messages = [_user(PLACEHOLDER)]
+    with template_errors(messages):
+        before, found, after = tokenizer.apply_chat_template(messages, tokenize=False).partition(PLACEHOLDER)
     if not found or not before:
         raise ValueError(
             f"expected a chat template with text before the user's turn, got {before + found + after!r}; pass prompts "
             "instead."
         )
     opening = tokenizer(before, add_special_tokens=False)["input_ids"]
+    _check_ids(opening, target, f"what the chat template writes before the user's turn ({before[:80]!r})")
+    if len(opening) > (longest := _longest_prompt(target, max_new_tokens)):
+        raise ValueError(
+            f"expected a chat template with at most {longest} tokens before the user's turn, as {max_new_tokens} tokens of "
+            f"the user need room within the target's `max_position_embeddings`, got {len(opening)}; pass prompts instead."
+        )
     closing = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
     return opening, sorted({*find_end_ids(target, tokenizer), *closing})
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME
 
-from fspad.provenance import check_vocabulary, note_default_revision, record_target
+from fspad.provenance import check_vocabulary, record_target, warn_of_other_weights
 from fspad.target import LMHead, check_target, embed_tokens
 
-from .adapters import check_adapter, check_virtual_tokens
-from .checkpoints import find_checkpoint
+from .checks import (
+    check_adapter,
+    check_fsdp,
+    check_output_dir,
+    check_streams,
+    check_virtual_tokens,
+    find_checkpoint,
+)
 from .data import DataCollatorForFSPAD, prepare_dataset
-from .decoding import Prompt, decode_prompts, find_prompts, first_prompts
-from .distributed import check_fsdp, check_streams
-from .features import check_finite, compute_features
-from .loss import AlignedBatch, align, counted_rows, dialogue_lengths, feature_loss, logits_loss
+from .evaluation import EvaluationMixin
+from .features import add_features, check_finite, compute_features
+from .loading import load_target, load_tokenizer, make_head, trim_vocabulary
+from .loss import AlignedBatch, CountedRows, LossSums, align, compute_losses, counted_rows, dialogue_lengths
+from .overview import describe, try_batch
 from .pushing import PushingMixin
+from .resumable import say_how_to_go_on
 from .training_arguments import FSPADTrainingArguments
 from .unrolling import step_masks, unroll
 
@@ -32,16 +41,11 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
-    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+    from transformers.trainer_utils import TrainOutput
 
     from fspad import FSPADModel
 
-
-logger = logging.get_logger(__name__)
-
-# Columns of the sums over rows: feature loss, logits loss, correct rows, rows, rows correct in the top k.
-_ROWS = 3
-_NUM_COLUMNS = 5
+    from .evaluation import Prompt
 
 
 class ClipGradientValues(TrainerCallback):
@@ -70,22 +74,25 @@ class ClipGradientValues(TrainerCallback):
             nn.utils.clip_grad_value_(model.parameters(), args.max_grad_value)
 
 
-class FSPADTrainer(PushingMixin, Trainer):
+class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
     """Trainer of an FSPAD head. The target runs beside it, is never changed, and never saved.
 
+        FSPADTrainer(target="HuggingFaceTB/SmolLM2-135M-Instruct", train_dataset=dataset).train()
+
     Checkpoints, resuming, mixed precision, distribution and progress are those of [`~transformers.Trainer`]. The log
-    lines have `feature_loss`, `logits_loss` and `accuracy` (share of rows whose most probable token, of those that the
-    head scores, is the target's) beside the loss, all as sums over counted rows divided by their number. With more than
-    one draft step, `accuracy_depth_2` and so on tell the same of the steps that feed on the head's own features.
+    lines have `feature_loss`, `logits_loss`, `accuracy` (share of rows whose most probable token, of those that the
+    head scores, is the target's) and `tokens_per_second` beside the loss, averages over counted rows. With more than one
+    draft step, `accuracy_depth_2` and so on tell the accuracy of the steps that feed on the head's own features.
 
     Evaluation always goes as deep as the head's drafts. It adds `accuracy_top_8` (or whatever `config.draft_top_k` is):
     the share of rows whose most probable token is among so many of the head. And it decodes the first prompts of the
-    evaluation dataset, greedily, with and without the head as it will be used, which gives `tau` and `speedup`;
-    `metric_for_best_model="tau"` keeps the checkpoint that drafts best. Training goes on as if nothing was evaluated.
+    evaluation dataset, greedily, with and without the head as it will be used, which gives `tau`, `speedup` and
+    `acceptance_depth_1` and so on; `metric_for_best_model="tau"` keeps the checkpoint that drafts best. Training goes on as
+    if nothing was evaluated. Plain answers are decoded at the first evaluation and kept.
 
     Args:
-        model: The head. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16 weights. Of a head that
-            PEFT wraps, only the adapter is trained and saved.
+        model: The head; by default a new one. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16
+            weights. Of a head that PEFT wraps, only the adapter is trained and saved.
         target: The target, or its Hub id or path. Adapters of its weights, as LoRA's, are part of it while they are
             active.
         args: Training arguments.
@@ -93,22 +100,24 @@ class FSPADTrainer(PushingMixin, Trainer):
             `features` column, as [`~fspad.trainer.features.add_features`] gives them, need no forward pass of the target.
             Of a stream `max_steps` are trained.
         eval_dataset: Dialogues to evaluate on, or a dict of such datasets.
-        processing_class: The target's tokenizer, for datasets with `messages`. It is not kept: a trainer saves its
-            tokenizer beside the model and gives the model its special tokens, and both are the target's. A hash of its
-            vocabulary is recorded in the head's configuration.
+        processing_class: The target's tokenizer, for datasets with `messages`; by default that of a target given by name.
+            It is not kept: a trainer saves its tokenizer beside the model and gives the model its special tokens, and
+            both are the target's. A hash of its vocabulary is recorded in the head's configuration.
         data_collator: By default a [`DataCollatorForFSPAD`].
         peft_config: The adapter to wrap the head with, e.g. `LoraConfig(target_modules="all-linear")`; by default none.
         **kwargs: As in [`~transformers.Trainer`].
 
     Raises:
-        ValueError: If the head does not fit the target or the tokenizer, the target has virtual tokens, the adapter is
-            made for a task, a dataset has nothing to train on, or several processes cannot do what is asked of them.
+        OSError: If nothing can be written to the output folder.
+        ValueError: If there is no target, the head does not fit the target or the tokenizer, the target has virtual tokens,
+            the adapter is made for a task, a dataset has nothing to train on, or several processes cannot do what is asked
+            of them.
     """
 
     def __init__(
         self,
-        model: FSPADModel | PeftModel,
-        target: PreTrainedModel | str,
+        model: FSPADModel | PeftModel | None = None,
+        target: PreTrainedModel | str | None = None,
         args: FSPADTrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -117,15 +126,20 @@ class FSPADTrainer(PushingMixin, Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        if target is None:
+            raise ValueError("expected a target, the model whose drafts the head is to write, got None")
         if args is None:
             args = FSPADTrainingArguments(output_dir="fspad-head")
+        check_output_dir(args.output_dir)
         if isinstance(target, str):
-            target = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
-            note_default_revision(target.config)
+            processing_class = processing_class or load_tokenizer(target)
+            target = load_target(target, args.device)
+        check_virtual_tokens(target)
+        model = make_head(target, args.seed) if model is None else model
         check_target(model.config, target)
         if processing_class is not None:
             check_vocabulary(model.config, processing_class)
-        check_virtual_tokens(target)
+        warn_of_other_weights(model.config, target)
         if (adapter := peft_config or getattr(model, "active_peft_config", None)) is not None:
             check_adapter(adapter)
         if peft_config is not None:
@@ -135,20 +149,13 @@ class FSPADTrainer(PushingMixin, Trainer):
         if getattr(target, "hf_device_map", None) is None:
             target = target.to(args.device)
         self.target = target.eval()
-
-        def prepare(dataset: Dataset) -> Dataset:
-            return prepare_dataset(dataset, processing_class, args.max_length, args.packing)
-
         with args.main_process_first(desc="preparing the datasets"):
-            if train_dataset is not None:
-                train_dataset = prepare(train_dataset)
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
-            elif eval_dataset is not None:
-                eval_dataset = prepare(eval_dataset)
-
-        eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_streams(args, train_dataset, eval_datasets)
+            train_dataset, eval_dataset = _prepare((train_dataset, eval_dataset), processing_class, args)
+        check_streams(
+            args, train_dataset, list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        )
+        if args.draft_vocab_size is not None and train_dataset is not None:
+            self._coverage = trim_vocabulary(model, train_dataset, processing_class, args.draft_vocab_size)
         super().__init__(
             model=model,
             args=args,
@@ -161,19 +168,26 @@ class FSPADTrainer(PushingMixin, Trainer):
         vars(model.config).pop("use_cache", None)
         check_fsdp(self.accelerator, args.num_draft_steps)
         record_target(model.config, target, processing_class)
+        if args.num_draft_tokens not in (None, "measure"):
+            is_automatic = args.num_draft_tokens == "auto"
+            model.config.num_draft_tokens = "auto" if is_automatic else int(args.num_draft_tokens)
         self.add_callback(ClipGradientValues(self.accelerator))
         # `compute_loss` divides by the rows of the whole step. The first name is read from 5.19 on, the other before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._lm_head: LMHead | None = None
-        self._train_sums = self._zero_sums(args.num_draft_steps)
-        # Evaluation goes as deep as drafts do.
-        self._eval_sums = self._zero_sums(max(args.num_draft_steps, model.config.draft_depth + 1))
+        self._train_sums = self._eval_sums = LossSums()
+        # Since when the speed is counted, and for how long the training stood still since then
+        self._log_start, self._paused = time.perf_counter(), 0.0
         # Of each batch of the running evaluation, until there are enough.
         self._eval_prompts: list[list[Prompt]] = []
+        self._plain_answers: dict[Prompt, Any] = {}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train the head.
+
+        Before that one batch is tried, what is going to be trained is told, and with `features_dir` features are computed;
+        afterwards the number of drafted tokens is chosen by measurement, if the arguments say so.
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint, or `True` for the last whole one in `output_dir`.
@@ -183,9 +197,51 @@ class FSPADTrainer(PushingMixin, Trainer):
             Steps, loss and metrics.
 
         Raises:
-            ValueError: If there is no such checkpoint, or it is not whole.
+            OSError: If a checkpoint cannot be written, e.g. to a full disk. Those before it are kept.
+            ValueError: If there is no such checkpoint, or it is not whole; or if a batch cannot be trained on.
         """
-        return super().train(find_checkpoint(self.args.output_dir, resume_from_checkpoint), **kwargs)
+        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        if self.train_dataset is not None and not is_deepspeed_zero3_enabled():
+            self.tell(describe(self, try_batch(self)))
+        self.compute_features()
+        self._train_sums, self._log_start, self._paused = LossSums(), time.perf_counter(), 0.0
+        output = super().train(checkpoint, **kwargs)
+        if self.args.num_draft_tokens == "measure":
+            self.measure_draft_size()
+        return output
+
+    def tell(self, text: str) -> None:
+        """Print something on the first process, unless progress is turned off with `disable_tqdm`.
+
+        Args:
+            text: What to print.
+        """
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            print(text, flush=True)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of one optimizer step, over all devices."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def compute_features(self) -> None:
+        """Compute the features of the datasets onto disk, if the arguments say so and they are not there."""
+        if self.args.features_dir is None:
+            return
+        folder, size = Path(self.args.features_dir), self.args.per_device_train_batch_size
+
+        def with_features(dataset: Dataset | None, name: str) -> Dataset | None:
+            if dataset is None or "features" in dataset.column_names:
+                return dataset
+            return add_features(dataset, self.target, folder / name, size)
+
+        self.train_dataset = with_features(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: with_features(dataset, f"eval-{name}") for name, dataset in self.eval_dataset.items()
+            }
+        else:
+            self.eval_dataset = with_features(self.eval_dataset, "eval")
 
     def compute_loss(
         self,
@@ -193,7 +249,7 @@ class FSPADTrainer(PushingMixin, Trainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, LossSums]]:
         """Loss of a batch: its sums over counted rows, divided by the counted rows of the whole optimizer step.
 
         Args:
@@ -203,47 +259,55 @@ class FSPADTrainer(PushingMixin, Trainer):
             num_items_in_batch: Counted rows of all batches of this optimizer step; by default those of this batch.
 
         Returns:
-            The loss, and with `return_outputs` a dict with the summed losses, correct rows and counted rows.
+            The loss, and with `return_outputs` a dict with the [`~fspad.trainer.loss.LossSums`].
 
         Raises:
             ValueError: If a feature of the target is NaN or infinite.
         """
-        batch = self._make_rows(inputs, is_training=model.training)
-        loss, sums = self._sum_losses(model, batch)
+        batch = self.make_rows(inputs, is_training=model.training)
+        loss, sums = self.sum_losses(model, batch)
         # Only now: choosing the counted rows has waited for the features anyway. A gradient would not survive them.
-        self._check_features(batch, inputs)
+        self.check_features(batch, inputs)
         if model.training:
-            self._train_sums += sums
-        rows = sums[: self.args.num_draft_steps, _ROWS].sum()
-        num_items = rows if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=rows.device)
-        loss = loss / num_items.clamp(min=1)
+            sums.tokens = inputs["attention_mask"].sum()
+            self._train_sums.add(sums)
+        num_items = sums.rows[0] if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = loss / num_items.to(loss.device).clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over processes, but the rows were counted over all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, {"sums": sums}) if return_outputs else loss
 
-    def _sum_losses(self, model: nn.Module, batch: AlignedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted loss summed over the counted rows of all trained steps, and for each step what to log."""
-        num_steps = len(self._train_sums if model.training else self._eval_sums)
+    def sum_losses(self, model: nn.Module, batch: AlignedBatch) -> tuple[torch.Tensor, LossSums]:
+        """Sum up the losses of a batch; an evaluation goes as deep as drafts do.
+
+        Args:
+            model: The head, as wrapped for training.
+            batch: Rows.
+
+        Returns:
+            The weighted loss summed over counted rows, a scalar; and for each step what to log.
+        """
+        num_steps = self.args.num_draft_steps
+        if not model.training:
+            num_steps = max(num_steps, self.model.config.draft_depth + 1)
         embeds = self._embed(batch.next_token_ids).to(batch.features.dtype)
         # Rows are causal and padded on the right, so no counted row can see padding and no mask is needed.
-        outputs = unroll(model, batch.features, embeds, num_steps, batch.position_ids)
-        loss, sums = 0.0, []
-        for step, (output, row_mask) in enumerate(zip(outputs, step_masks(batch.row_mask, num_steps), strict=True)):
-            labels = batch.label_features[row_mask]
-            sum_feature_loss = feature_loss(output.regress[row_mask], labels)
-            top_k = self.model.config.draft_top_k if step == 0 and not model.training else 1
-            sum_logits_loss, correct, in_top_k = logits_loss(
-                output.predict[row_mask], labels, self._get_lm_head(), self.args.logits_chunk_size, top_k
-            )
-            if step < self.args.num_draft_steps:
-                loss = loss + self.args.feature_loss_weight * sum_feature_loss
-                loss = loss + self.args.logits_loss_weight * sum_logits_loss
-            parts = (sum_feature_loss, sum_logits_loss, correct, row_mask.sum(), in_top_k)
-            sums.append(torch.stack([value.detach().float() for value in parts]))
-        return loss, torch.stack(sums)
+        outputs = list(unroll(model, batch.features, embeds, num_steps, batch.position_ids))
+        rows = CountedRows.select(outputs, batch, step_masks(batch.row_mask, num_steps))
+        top_k = 1 if model.training else self.model.config.draft_top_k
+        return compute_losses(rows, self.args, self._get_lm_head(), top_k)
 
-    def _make_rows(self, inputs: dict[str, torch.Tensor], is_training: bool) -> AlignedBatch:
+    def make_rows(self, inputs: dict[str, torch.Tensor], is_training: bool) -> AlignedBatch:
+        """Turn a batch of the data collator into inputs and labels of the head.
+
+        Args:
+            inputs: The batch; without features the target is asked for them.
+            is_training: Whether to add noise to the input features.
+
+        Returns:
+            The rows.
+        """
         features, position_ids = inputs.get("features"), inputs.get("position_ids")
         if features is None:
             # Packed dialogues are told apart by their positions, which a padding mask would overrule.
@@ -259,7 +323,16 @@ class FSPADTrainer(PushingMixin, Trainer):
             batch.features = batch.features + (noise * (self.args.feature_noise * 512 / lengths)).to(features.dtype)
         return batch
 
-    def _check_features(self, batch: AlignedBatch, inputs: dict[str, torch.Tensor]) -> None:
+    def check_features(self, batch: AlignedBatch, inputs: dict[str, torch.Tensor]) -> None:
+        """Check that a batch can be trained on.
+
+        Args:
+            batch: Its rows.
+            inputs: The batch of the data collator that they were made of, to name a row.
+
+        Raises:
+            ValueError: If a feature of the target is NaN or infinite.
+        """
         is_finite = [torch.isfinite(part).all(dim=-1) for part in (batch.features, batch.label_features)]
 
         def name_row(row: int) -> str:
@@ -298,101 +371,50 @@ class FSPADTrainer(PushingMixin, Trainer):
     ) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        masks = [counted_rows(batch["assistant_mask"]) for batch in batch_samples]
-        rows = sum(step_masks(mask, self.args.num_draft_steps).sum() for mask in masks).to(device)
+        # Those of the first draft step, so that further ones do not dilute it
+        rows = sum(counted_rows(batch["assistant_mask"]).sum() for batch in batch_samples).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             rows = self.accelerator.gather(rows).sum()
         return rows
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
-        """Evaluate one batch.
-
-        Args:
-            model: The head.
-            inputs: A batch of the data collator.
-            prediction_loss_only: Without effect: logits over the vocabulary are never kept.
-            ignore_keys: Without effect.
-
-        Returns:
-            The loss, and twice `None` for logits and labels.
-        """
-        with torch.no_grad():
-            inputs = self._mask_repeated_rows(self._prepare_inputs(inputs))
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        self._eval_sums += outputs["sums"]
-        if len({prompt for batch in self._eval_prompts for prompt in batch}) < self.args.num_eval_prompts:
-            self._eval_prompts.append(find_prompts(inputs))
-        return loss, None, None
-
-    def _mask_repeated_rows(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Let nothing count in the dialogues with which accelerate fills up the last batch of all processes."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        mask = inputs["assistant_mask"].clone()
-        # The last batch of all processes begins with the remainder, and the first process has its first part.
-        mask[max(0, state.remainder - self.accelerator.process_index * len(mask)) :] = 0
-        return {**inputs, "assistant_mask": mask}
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate a whole dataset; every metric is a sum over rows divided by their number, or measured by decoding."""
-        self._eval_sums.zero_()
-        self._eval_prompts.clear()
-        device = self.args.device
-        # Data loaders and decoding draw numbers or seed them, which must not change the training that goes on afterwards.
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            metrics = self._averages(self._eval_sums, top_k=self.model.config.draft_top_k)
-            metrics["loss"] = (
-                self.args.feature_loss_weight * metrics["feature_loss"]
-                + self.args.logits_loss_weight * metrics["logits_loss"]
-            )
-            if self.args.num_eval_prompts > 0:
-                metrics |= self._decode_eval_prompts()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
-
-    def _decode_eval_prompts(self) -> dict[str, float]:
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            logger.warning_once(
-                "tau is not measured during training: the head is sharded over processes, which decode different prompts. "
-                "Measure it with the saved head, and set `num_eval_prompts=0`."
-            )
-            return {}
-        prompts = first_prompts(self._eval_prompts, self.args.num_eval_prompts)
-        return decode_prompts(self.model, self.target, prompts, self.args.eval_max_new_tokens)
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, as [`~transformers.Trainer.evaluate`] does. Its time does not count in the speed of training."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._paused += time.perf_counter() - start
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and add the parts of the training loss since the last log line.
+        """Log, and add the parts of the training loss and the speed since the last log line.
 
         Args:
             logs: The values to log.
             start_time: When training started.
         """
         if "loss" in logs:
-            logs.update(self._averages(self._train_sums))
-            self._train_sums.zero_()
+            sums = self._train_sums.map(lambda value: self.accelerator.reduce(value.clone(), "sum").cpu())
+            logs.update(sums.averages(self.args.draft_step_weights))
+            now = time.perf_counter()
+            if sums.tokens is not None:
+                logs["tokens_per_second"] = round(sums.tokens.item() / (now - self._log_start - self._paused), 1)
+            self._train_sums, self._log_start, self._paused = LossSums(), now, 0.0
         super().log(logs, start_time)
 
-    def _zero_sums(self, num_steps: int) -> torch.Tensor:
-        return torch.zeros(num_steps, _NUM_COLUMNS, device=self.args.device)
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with say_how_to_go_on(Path(self.args.output_dir), "give `resume_from_checkpoint`"):
+            super()._save_checkpoint(*args, **kwargs)
 
-    def _averages(self, sums: torch.Tensor, top_k: int = 1) -> dict[str, float]:
-        """Averages over the rows of the trained steps, and of each step the accuracy, of the first in the top k too."""
-        sums = self.accelerator.reduce(sums.clone(), "sum").cpu()
-        sum_feature_loss, sum_logits_loss, _, rows, _ = sums[: self.args.num_draft_steps].sum(dim=0).tolist()
-        metrics = {"feature_loss": sum_feature_loss / max(1.0, rows), "logits_loss": sum_logits_loss / max(1.0, rows)}
-        for step, (_, _, correct, step_rows, in_top_k) in enumerate(sums.tolist(), start=1):
-            metrics["accuracy" if step == 1 else f"accuracy_depth_{step}"] = correct / max(1.0, step_rows)
-            if step == 1 and top_k > 1:
-                metrics[f"accuracy_top_{top_k}"] = in_top_k / max(1.0, step_rows)
-        return metrics
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        # The parent would count the values of the features, or nothing without them.
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        tokens = inputs["attention_mask"]
+        tokens = (
+            tokens.sum()
+            if self.args.include_num_input_tokens_seen == "non_padding"
+            else tokens.new_tensor(tokens.numel())
+        )
+        self.state.num_input_tokens_seen += self.accelerator.gather(tokens.to(self.args.device)).sum().item()
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [
@@ -403,3 +425,12 @@ class FSPADTrainer(PushingMixin, Trainer):
             "features",
             "length",
         ]
+
+
+def _prepare(datasets: Any, tokenizer: PreTrainedTokenizerBase | None, args: FSPADTrainingArguments) -> Any:
+    """Prepare what may be nested: a dataset, `None`, and dictionaries and tuples of these."""
+    if isinstance(datasets, dict):
+        return {name: _prepare(dataset, tokenizer, args) for name, dataset in datasets.items()}
+    if isinstance(datasets, tuple):
+        return tuple(_prepare(dataset, tokenizer, args) for dataset in datasets)
+    return datasets and prepare_dataset(datasets, tokenizer, args.max_length, args.packing)

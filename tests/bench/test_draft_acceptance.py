@@ -1,6 +1,7 @@
 """The metric for `evaluate`, loaded from its file."""
 
 import json
+import random
 from pathlib import Path
 
 import evaluate
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fspad.bench import measuring
-from fspad.bench.measuring import Answer, Comparison
+from fspad.bench.measuring import Answer, Comparison, acceptance_by_depth, mean_tokens_per_step
 from helpers import fresh
 
 PATH = Path(measuring.__file__).with_name("draft_acceptance.py")
@@ -63,10 +64,19 @@ def test_impossible_numbers(metric, arguments, message):
         metric.compute(**arguments)
 
 
-def test_one_tau_everywhere(metric):
-    for accept_lengths in ([[3, 1, 2], [4, 1]], [[], [5]], [[]]):
-        answers = [Answer([1], 1.0, lengths) for lengths in accept_lengths]
-        assert metric.compute(predictions=accept_lengths)["tau"] == Comparison(answers, answers).tau
+@pytest.mark.parametrize("seed", range(20))
+def test_measurements_say_the_same(metric, seed):
+    rng = random.Random(seed)
+    accept_lengths = [rng.choices(range(1, 8), k=rng.randint(0, 9)) for _ in range(rng.randint(1, 4))]
+    comparison = Comparison([], [Answer([1], 1.0, lengths) for lengths in accept_lengths])
+    results = metric.compute(predictions=accept_lengths)
+    assert results == {"tau": comparison.tau, "acceptance_by_depth": comparison.acceptance_by_depth}
+    assert 1 + sum(comparison.acceptance_by_depth) == pytest.approx(comparison.tau)
+
+
+def test_measurements_without_a_step_say_the_same(metric):
+    results = metric.compute(predictions=[[]])
+    assert results == {"tau": mean_tokens_per_step([]), "acceptance_by_depth": acceptance_by_depth([])}
 
 
 SCRIPT = """

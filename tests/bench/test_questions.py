@@ -38,6 +38,7 @@ def test_questions_of_spec_bench_and_prompts(tmp_path):
     [
         "{",
         "[]",
+        pytest.param("[" * 100_000, id="deeply nested"),
         {"text": "a"},
         {"prompt": 1},
         {"turns": ["a"]},

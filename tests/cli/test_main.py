@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
 import fspad
 from fspad.bench.measuring import Answer, Comparison, compare, total
 from fspad.cli.demo import results_table
-from fspad.cli.loading import encode, read_prompts
 from fspad.cli.train import make_trainer
 from helpers.commands import plain, run
 from helpers.models import make_target, tiny_tokenizer
@@ -43,11 +41,12 @@ def test_every_command_has_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "--target" in plain(result.output)
+    assert "--target" not in plain(run("export", "--help").output)
 
 
 def test_help_of_train_lists_the_training_arguments():
     output = plain(run("train", "--help").output)
-    assert all(name in output for name in ("--draft_vocab_size", "--learning_rate", "--feature_loss_weight"))
+    assert all(name in output for name in ("--draft-vocab-size", "--learning-rate", "--feature-loss-weight"))
 
 
 def test_demo_answers_are_identical_and_measured(pair, prompts):
@@ -60,6 +59,23 @@ def test_demo_answers_are_identical_and_measured(pair, prompts):
     assert output.endswith("fp32 check: identical.")
     assert "float32" in output
     assert "tau" in output
+
+
+def test_demo_with_drafts_of_a_given_size(pair, prompts, monkeypatch):
+    target, head = pair
+    stock, sizes = fspad.cli.demo.compare, []
+    monkeypatch.setattr(
+        fspad.cli.demo,
+        "compare",
+        lambda target, head, *args: sizes.append(head.config.num_draft_tokens) or stock(target, head, *args),
+    )
+    options = ("--head", head, "--target", target, "--prompts", prompts, "--num-prompts", 1, "--max-new-tokens", 4)
+    # Names with hyphens or underscores
+    for more in ((), ("--num-draft-tokens", 6), ("--num_draft_tokens", 7)):
+        result = run("demo", *options, *more)
+        assert result.exit_code == 0, result.output
+    assert sizes[1:] == [6, 7]
+    assert run("demo", *options, "--num-draft-tokens", 0).exit_code == 2
 
 
 def test_demo_samples_with_a_temperature(pair, prompts):
@@ -182,7 +198,6 @@ def test_synthesize_then_train_then_demo(pair, prompts, tmp_path):
     ("arguments", "message"),
     [
         ((), "got neither"),
-        (("--train_file", "a.jsonl", "--dataset", "b"), "got both"),
         (("--train_file", "missing.jsonl"), "no such file: missing.jsonl"),
     ],
 )
@@ -266,17 +281,8 @@ def test_figures_are_tokens_by_time_and_tokens_by_steps():
 def test_prompts_file_errors_name_the_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one"}\n\n{"text": "two"}\n')
-    with pytest.raises(ValueError, match=r"prompts\.jsonl:3"):
-        read_prompts(path)
+    result = run("demo", "--prompts", path)
+    assert result.exit_code == 1
+    assert "prompts.jsonl:3: expected" in plain(result.output)
     path.write_text("\n")
-    with pytest.raises(ValueError, match="is empty"):
-        read_prompts(path)
-
-
-def test_prompt_without_chat_template_is_plain_text(pair):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(pair[0])
-    as_chat = encode(tokenizer, "w1 w2", torch.device("cpu"))["input_ids"]
-    assert tokenizer.decode(as_chat[0]) == "user : w1 w2 ; assistant :"
-    tokenizer.chat_template = None
-    as_text = encode(tokenizer, "w1 w2", torch.device("cpu"))["input_ids"]
-    assert tokenizer.decode(as_text[0]) == "w1 w2"
+    assert "is empty: expected lines such as" in plain(run("demo", "--prompts", path).output)

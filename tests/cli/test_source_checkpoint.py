@@ -130,7 +130,9 @@ def test_checkpoints_and_heads_of_the_hub(hub, tmp_path):
     convert("user/eagle", tmp_path / "head", "--revision", commit.oid, *target)
     assert_computes_the_same(tmp_path / "head", config, weights)
     AutoModel.from_pretrained(tmp_path / "head").push_to_hub("user/head")
-    assert "server layout" in convert("user/head", tmp_path / "server")
+    result = CliRunner().invoke(app, ["export", "user/head", str(tmp_path / "server"), "--revision", "main"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "server" / "model.safetensors").is_file()
 
 
 def test_other_layers_are_refused(tmp_path):

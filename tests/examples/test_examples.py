@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from fspad import FSPADModel
 from helpers.dialogues import make_tokenizer
@@ -77,23 +76,31 @@ def test_train_smollm2(tmp_path, monkeypatch, capsys, load_example):
     dialogues.write_text("".join(json.dumps(row) + "\n" for row in rows))
     head = tmp_path / "head"
     arguments = ["--output_dir", head, "--prompts", prompts, "--dialogs", dialogues, "--exclude", held_out]
-    arguments += ["--max_new_tokens", 12, "--num_eval_dialogs", 1, "--draft_vocab_size", 40, "--cache_features"]
-    arguments += ["--save_steps", 1, "--no_partial_alignment", "--eval_strategy", "no"]
+    arguments += [
+        "--max_new_tokens",
+        12,
+        "--num_eval_dialogs",
+        1,
+        "--draft_vocab_size",
+        40,
+        "--features_dir",
+        head / "f",
+    ]
+    arguments += ["--save_steps", 1, "--eval_strategy", "no", "--num_draft_tokens", "auto"]
     train_smollm2(*arguments, "--max_steps", 1)
     answered = [
         json.loads(line)["messages"][0]["content"] for line in (head / "dialogs.jsonl").read_text().splitlines()
     ]
     assert sorted(answered) == ["hello you", "hi you", "you"]
-    # Of the given dialogues one is held out
-    assert json.loads((head / "features" / "features.json").read_text())["rows"] == 4
+    # Of the given dialogues one is held out, and one of all is evaluated on
+    assert json.loads((head / "f" / "train" / "features.json").read_text())["rows"] == 3
     config = FSPADModel.from_pretrained(head).config
     assert (config.draft_vocab_size, config.draft_depth, config.num_draft_tokens) == (40, 4, "auto")
-    assert (config.feature_sampling, config.partial_alignment) == (True, False)
-    assert "Draft vocabulary: 40 tokens, " in capsys.readouterr().out
-    train_smollm2(*arguments, "--max_steps", 2, "--resume")
+    assert "scores 40 of 97 tokens" in capsys.readouterr().out
+    train_smollm2(*arguments, "--max_steps", 2, "--resume_from_checkpoint", "true")
     assert (head / "checkpoint-2").is_dir()
     arguments = ["--output_dir", tmp_path / "more", "--head", head, "--dialogs", dialogues, "--num_eval_dialogs", 0]
-    train_smollm2(*arguments, "--eval_strategy", "no", "--no_partial_alignment", "--max_steps", 1)
+    train_smollm2(*arguments, "--eval_strategy", "no", "--num_draft_tokens", "auto", "--max_steps", 1)
     assert FSPADModel.from_pretrained(tmp_path / "more").config.draft_vocab_size == 40
 
 
@@ -101,45 +108,46 @@ def test_compare_recipes(tmp_path, monkeypatch, capsys, load_example):
     compare_recipes, run = load_example("compare_recipes")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     recipe = compare_recipes.Recipe
-    recipes = {
-        "fspad": recipe(draft_vocab_size=40),
-        "fewer": recipe(partial_alignment=False, draft_vocab_size=None, steps=2, dialogues=0.5),
-    }
+    recipes = {"fspad": recipe(draft_vocab_size=40), "eagle": recipe(False, False, draft_vocab_size=20)}
     monkeypatch.setattr(compare_recipes, "RECIPES", recipes)
-    heads = []
-    measure_tau = compare_recipes.measure_tau
-    monkeypatch.setattr(
-        compare_recipes, "measure_tau", lambda head, *args: heads.append(head) or measure_tau(head, *args)
-    )
-    dialogues, prompts = tmp_path / "dialogues.jsonl", tmp_path / "held-out.jsonl"
+    dialogues, prompts, questions = (tmp_path / f"{name}.jsonl" for name in ("dialogues", "held-out", "questions"))
     rows = [{"prompt_ids": [2, 5, number], "response_ids": [7, 8, 9, number, 1]} for number in range(4)]
     dialogues.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts.write_text(json.dumps({"prompt": "hello"}) + "\n" + json.dumps({"prompt": "you"}) + "\n")
+    questions.write_text(json.dumps({"question_id": 1, "category": "qa", "turns": ["bye now", "hi"]}) + "\n")
     arguments = ["--output_dir", tmp_path / "runs", "--dialogs", dialogues, "--prompts", prompts]
-    arguments += ["--max_new_tokens", 6, "--batch_size", 2, "--max_steps", 2]
-    run(*arguments, "--recipes", "fspad", "--seeds", 0, 1)
-    assert [head.config.draft_vocab_size for head in heads] == [40, 40]
-    assert not torch.equal(*(next(head.parameters()) for head in heads)), "seeds differ"
+    arguments += ["--questions", questions, "--num_dialogs", 4, "--recipes", *recipes]
+    arguments += ["--max_new_tokens", 6, "--batch_size", 2, "--max_steps", 2, "--curve", 1]
+    trained = []
+    stock = compare_recipes.train
+
+    def train_until_interrupted(recipe, seed, *rest):
+        if (recipe.partial_alignment, seed) == (False, 1):
+            raise KeyboardInterrupt
+        trained.append((recipe.draft_vocab_size, seed))
+        return stock(recipe, seed, *rest)
+
+    monkeypatch.setattr(compare_recipes, "train", train_until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments, "--seeds", 0, 1)
+    assert trained == [(40, 0), (20, 0), (40, 1)]
+    monkeypatch.setattr(compare_recipes, "train", stock)
+    before = (tmp_path / "runs" / "fspad-0.json").read_text()
     run(*arguments, "--seeds", 0, 1)
-    assert [head.config.partial_alignment for head in heads] == [True, True, False, False], "what is there is kept"
-    for name in recipes:
-        entries = json.loads((tmp_path / "runs" / f"{name}-0.json").read_text())["measured"]
-        assert [(entry["prompts"], entry["temperature"]) for entry in entries] == [
-            ("held-out", 0.0),
-            ("held-out", 1.0),
-        ]
-        # The first token of each of the two answers comes before the first step.
-        assert all(sum(entry["accept_lengths"]) == 2 * 5 for entry in entries)
+    assert (tmp_path / "runs" / "fspad-0.json").read_text() == before, "what is there is kept"
+    result = json.loads((tmp_path / "runs" / "eagle-1.json").read_text())
+    measured = {(row["prompts"], row["tree"], row["temperature"]): row for row in result["measured"]}
+    assert len(measured) == len(result["measured"]) == 2 * 2 * 2
+    # The first token of each answer comes before the first step.
+    assert sum(measured["held-out", "tree of 59", 0.0]["accept_lengths"]) == 2 * 5
+    assert sum(measured["Spec-Bench", "automatic tree", 1.0]["accept_lengths"]) == 5
+    assert [sum(lengths) for lengths in result["curve"].values()] == [2 * 5]
     capsys.readouterr()
-    run(*arguments, "--seeds", 0, 1, 2, "--only_report")
-    assert len(heads) == 4
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    (row,) = [row for row in rows if "fewer" in row]
-    assert row.count("(2)") == 2, "of three seeds two are there, at two temperatures"
+    run("--output_dir", tmp_path / "runs", "--seeds", 0, 1, 2, "--recipes", *recipes, "--only_report")
+    assert capsys.readouterr().out.count("(2)") == 2 * 8, "of three seeds two are there"
+    assert (tmp_path / "runs" / "tau_over_steps.png").is_file()
     with pytest.raises(ValueError, match=r"expected the settings of .*, got others \(max_new_tokens 6, now 7\)"):
         run(*arguments, "--max_new_tokens", 7)
-    with pytest.raises(ValueError, match="expected at least 6 dialogues, got 4: lower --max_steps"):
-        run("--output_dir", tmp_path / "more", *arguments[2:-1], 3, "--recipes", "fspad")
 
 
 def test_record_demo(tmp_path, load_example):

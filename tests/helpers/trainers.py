@@ -37,6 +37,7 @@ def make_trainer(folder, target=None, dataset=None, head=None, eval_dataset=None
         "per_device_train_batch_size": 4,
         "save_strategy": "no",
         "num_eval_prompts": 0,
+        "num_draft_tokens": None,
     }
     return FSPADTrainer(
         model=head,

@@ -98,7 +98,7 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "convert": lambda folder: run_app(
         "convert", f"{folder}/checkpoint", f"{folder}/out", "--target", f"{folder}/big_target"
     ),
-    "export": lambda folder: run_app("convert", f"{folder}/head", f"{folder}/out"),
+    "export": lambda folder: run_app("export", f"{folder}/head", f"{folder}/out"),
     "demo": lambda folder: run_app(
         *("demo", "--head", f"{folder}/head", "--target", f"{folder}/target", "--dtype", "float32"),
         *("--prompts", f"{folder}/prompts.jsonl", "--num-prompts", "1", "--max-new-tokens", "4"),

@@ -10,7 +10,15 @@ import torch
 from transformers.utils import logging
 
 from fspad import FSPADConfig, FSPADModel, provenance
-from fspad.provenance import as_hub_id, check_vocabulary, note_default_revision, target_revision, vocabulary_hash
+from fspad.provenance import (
+    as_hub_id,
+    check_vocabulary,
+    note_default_revision,
+    record_target,
+    sample_weights,
+    target_revision,
+    vocabulary_hash,
+)
 from helpers.dialogues import make_tokenizer
 from helpers.models import make_head, make_target
 from helpers.trainers import make_trainer
@@ -204,3 +212,61 @@ def test_training_does_not_record_the_revision_of_another_target(tmp_path):
     head = make_head(target, target_model_name="somebody/else", target_revision=None)
     make_trainer(tmp_path, target, head=head)
     assert (head.config.target_model_name, head.config.target_revision) == ("somebody/else", None)
+
+
+def with_lm_head(seed=0, change=None):
+    target = make_target(seed=seed)
+    if change is not None:
+        with torch.no_grad():
+            weight = target.get_output_embeddings().weight
+            weight.copy_(change(weight))
+    return target
+
+
+def rounded(weight, levels=16):
+    """As 4-bit quantization leaves it."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / (levels / 2)
+    return (weight / scale).round() * scale
+
+
+@pytest.mark.parametrize(
+    ("make_other", "is_another"),
+    [
+        (lambda: make_target(), False),
+        (lambda: make_target().bfloat16(), False),
+        (lambda: make_target().half(), False),
+        (lambda: with_lm_head(change=rounded), False),
+        (lambda: with_lm_head(change=lambda weight: weight + 0.1 * weight.std() * torch.randn_like(weight)), False),
+        (lambda: make_target(seed=1), True),
+        (lambda: with_lm_head(change=torch.zeros_like), True),
+    ],
+)
+def test_targets_are_told_apart_by_their_weights(make_other, is_another, said):
+    head = make_head(target := make_target())
+    head.config.target_weights = sample_weights(target)
+    assert len(head.config.target_weights) == 32
+    other = make_other()
+    prompt = torch.tensor([[1, 2, 3]], device=other.device)
+    for _ in range(2):
+        other.generate(prompt, assistant_model=head.to(other.dtype), max_new_tokens=3)
+    messages = [message for message in said if "with other weights" in message]
+    assert len(messages) == is_another
+
+
+def test_weights_that_are_not_at_hand_are_not_compared():
+    assert sample_weights(make_target().to("meta")) is None
+    assert sample_weights(with_lm_head(change=lambda weight: torch.full_like(weight, torch.nan))) is None
+    target = make_target()
+    target.lm_head.weight.requires_grad_(False)
+    target.lm_head.weight.data = target.lm_head.weight.data.to(torch.int8)
+    assert sample_weights(target) is None
+
+
+def test_the_sample_is_saved_and_checked(tmp_path):
+    head = make_head(target := make_target())
+    record_target(head.config, target, None)
+    head.save_pretrained(tmp_path)
+    assert FSPADModel.from_pretrained(tmp_path).config.target_weights == sample_weights(target)
+    for value in ([0.1] * 31, [0.1] * 31 + ["x"], "0.1", [float("nan")] * 32, [1e9] * 32):
+        with pytest.raises(ValueError, match="target_weights must be a"):
+            FSPADConfig(target_weights=value)

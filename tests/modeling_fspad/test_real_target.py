@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from fspad.cli.loading import SHIPPED_HEAD, encode
-from fspad.cli.smollm2 import find_smollm2
+from fspad.bench.measuring import mean_tokens_per_step
+from fspad.bench.questions import encode_dialogue
+from fspad.bench.smollm2 import find_smollm2
+from fspad.cli.loading import SHIPPED_HEAD
 from helpers.commands import run
 from helpers.comparing import assert_same, generate
 
@@ -14,7 +16,7 @@ pytestmark = [
     pytest.mark.xdist_group("smollm2"),
     pytest.mark.skipif(
         find_smollm2() is None,
-        reason="SmolLM2 is not here: `python -c 'from fspad.cli.smollm2 import fetch_smollm2; fetch_smollm2()'`",
+        reason="SmolLM2 is not here: `python -c 'from fspad.bench.smollm2 import fetch_smollm2; fetch_smollm2()'`",
     ),
 ]
 
@@ -38,7 +40,7 @@ def greedy(loaded):
     target, tokenizer, _ = loaded
     found = []
     for prompt in PROMPTS:
-        inputs = encode(tokenizer, prompt, target.device)
+        inputs = encode_dialogue(tokenizer, [prompt], [], target.device)
         inputs["prompt"] = inputs.pop("input_ids")
         found.append((inputs, generate(target, **inputs, do_sample=False, max_new_tokens=40)))
     return found
@@ -54,7 +56,7 @@ def test_greedy_texts_are_identical_in_fewer_steps(loaded, greedy, monkeypatch, 
         excused += not assert_same(plain, ours)
         accept_lengths += ours.accept_lengths.tolist()
     assert excused <= 1
-    assert sum(accept_lengths) / len(accept_lengths) > least
+    assert mean_tokens_per_step(accept_lengths) > least
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.0, "top_k": 0}, {"temperature": 0.7, "top_p": 0.9}], ids=str)

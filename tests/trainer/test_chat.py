@@ -117,7 +117,7 @@ def test_templates_that_refuse_messages():
         prepare_one({"messages": CHAT}, tokenizer=tokenizer)
 
 
-def test_generation_blocks_that_change_earlier_turns():
+def test_generation_blocks_that_forget_earlier_turns():
     tokenizer = make_tokenizer(GENERATION.replace("in messages", "in messages[-2:]"))
-    with pytest.raises(ValueError, match="leaves what it wrote up to turn 3 as it is"):
-        prepare_one({"prompt": CHAT[:3], "completion": CHAT[3:]}, tokenizer=tokenizer)
+    row = prepare_one({"prompt": CHAT[:3], "completion": CHAT[3:]}, tokenizer=tokenizer)
+    assert row == {"input_ids": CHAT_IDS[9:], "assistant_mask": CHAT_MASK[9:], "length": 9}

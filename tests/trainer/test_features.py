@@ -24,6 +24,7 @@ from helpers.trainers import losses, make_dataset, make_trainer
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
     monkeypatch.setattr(feature_shards, "_SHARD_BYTES", 6000)
+    monkeypatch.setattr(feature_shards, "_SHARD_SECONDS", 1e9)
 
 
 @pytest.fixture
@@ -159,19 +160,53 @@ def test_interrupted_runs_go_on(tmp_path, monkeypatch, computed, at):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_full_disk(tmp_path, computed):
+def test_full_disk(tmp_path, computed, monkeypatch):
     target, prepared = make_target(), prepare_dataset(make_dataset(40), None)
-    number = len(shards_of := list(feature_shards._split([length * 32 * 4 for length in prepared["length"]])))
-    (tmp_path / f"features-00002-of-{number:05}.arrow.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"features-00002-of.* \(No space left on device\).* kept: make room, and run"):
-        add_features(prepared, target, tmp_path)
+    monkeypatch.setattr(feature_shards, "_FIRST_ROWS", 2)
+    stock = feature_shards._write_shard
+
+    def write_third_to_a_full_disk(path, features):
+        if len(shards(tmp_path)) == 2:
+            path.with_name(path.name + ".part").symlink_to("/dev/full")
+        stock(path, features)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_shards, "_write_shard", write_third_to_a_full_disk)
+        with pytest.raises(OSError, match=r"features-.* \(No space left on device\).* kept: make room, and run"):
+            add_features(prepared, target, tmp_path)
     assert len(shards(tmp_path)) == 2
     assert not list(tmp_path.glob("*.part")), "the room that it took is free again"
+    kept = sum(len(Dataset.from_file(str(path))) for path in shards(tmp_path))
     computed.clear()
     resumed = add_features(prepared, target, tmp_path)
-    assert sum(computed) == 40 - shards_of[2].start
+    assert sum(computed) == 40 - kept
     expected = compute_features(target, torch.tensor([prepared[39]["input_ids"]]))[0]
     torch.testing.assert_close(resumed[39]["features"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_little_is_lost_on_a_slow_machine(tmp_path, monkeypatch):
+    """However large a shard may be, it is written after some time."""
+    monkeypatch.setattr(feature_shards, "_SHARD_BYTES", 1 << 30)
+    monkeypatch.setattr(feature_shards, "_SHARD_SECONDS", 10.0)
+    clock = iter(range(0, 100_000, 4))  # each shard takes four seconds, whatever is in it
+    monkeypatch.setattr(feature_shards.time, "perf_counter", lambda: float(next(clock)))
+    rows = [{"prompt_ids": [1, 2], "response_ids": [3, 4, 5]}] * 100
+    add_features(prepare_dataset(Dataset.from_list(rows), None), make_target(), tmp_path)
+    # Sixteen rows in four seconds, so that 40 rows take ten, and so on
+    assert [len(Dataset.from_file(str(path))) for path in shards(tmp_path)] == [16, 40, 44]
+
+
+def test_shard_that_was_removed_is_computed_again(tmp_path, computed):
+    target, prepared = make_target(), prepare_dataset(make_dataset(40), None)
+    whole = list(add_features(prepared, target, tmp_path))
+    path = shards(tmp_path)[2]
+    removed = len(Dataset.from_file(str(path)))
+    path.unlink()
+    computed.clear()
+    again = add_features(prepared, target, tmp_path)
+    assert sum(computed) == removed
+    for one, other in zip(again, whole, strict=True):
+        torch.testing.assert_close(one["features"], other["features"], rtol=1e-5, atol=1e-5)
 
 
 def test_writer_without_room(tmp_path, monkeypatch):
@@ -324,7 +359,6 @@ def test_settings_can_be_read_by_people(tmp_path):
         "hidden_size": 32,
         "rows": 16,
     }
-    assert settings["shards"] == len(shards(tmp_path))
 
 
 def test_two_at_once_compute_each_row_once(tmp_path, computed):

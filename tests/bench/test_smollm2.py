@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fspad.cli import smollm2
-from fspad.cli.smollm2 import GGUF_FILE, FetchError, cache_dir, fetch_smollm2
+from fspad.bench import smollm2
+from fspad.bench.smollm2 import GGUF_FILE, FetchError, cache_dir, fetch_smollm2
 
 CONTENT = b"GGUF and the weights"
 

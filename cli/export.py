@@ -1,4 +1,4 @@
-"""Writes an FSPAD head in the layout that inference servers read: one Llama-style draft layer, original weight names."""
+"""`fspad export`: an FSPAD head as inference servers read it, one Llama-style draft layer with original weight names."""
 
 from __future__ import annotations
 

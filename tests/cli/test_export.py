@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from fspad import FSPADConfig, FSPADModel
 from fspad.cli import app
 from fspad.cli.convert import convert_checkpoint
-from fspad.cli.server_layout import export_head
+from fspad.cli.export import export_head
 from helpers.goldens import VARIANTS, read_golden
 from helpers.source_checkpoints import write_source, write_target
 
 
-def run_convert(*arguments):
-    result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+def run(*arguments):
+    result = CliRunner().invoke(app, [*map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -34,9 +34,10 @@ def test_original_checkpoint_comes_back(variant, tmp_path):
     weights, _, config = read_golden(variant)
     weights = {name: tensor.half() for name, tensor in weights.items()}
     source = write_source(tmp_path / "source", weights, config)
-    run_convert(source, tmp_path / "head", "--target", write_target(tmp_path / "target"))
+    run("convert", source, tmp_path / "head", "--target", write_target(tmp_path / "target"))
 
-    assert "server layout" in run_convert(tmp_path / "head", tmp_path / "server")
+    saved = "feature_sampling={}, partial_alignment={}, dtype=float16".format(*VARIANTS[variant])
+    assert saved in run("export", tmp_path / "head", tmp_path / "server")
 
     assert {path.name for path in (tmp_path / "server").iterdir()} == {"config.json", "model.safetensors"}
     del weights["embed_tokens.weight"]
@@ -126,3 +127,19 @@ def test_checkpoints_need_a_target_and_nothing_is_overwritten(tmp_path):
     head.save_pretrained(tmp_path / "head")
     with pytest.raises(FileExistsError, match="new or empty"):
         export_head(tmp_path / "head", source)
+
+
+def test_each_command_names_the_other(tmp_path):
+    weights, _, config = read_golden("eagle")
+    source = write_source(tmp_path / "source", weights, config)
+    target = write_target(tmp_path / "target")
+    FSPADModel(FSPADConfig.from_target(AutoConfig.from_pretrained(target))).save_pretrained(tmp_path / "head")
+    for options in ([], ["--target", str(target)]):
+        result = CliRunner().invoke(app, ["convert", str(tmp_path / "head"), str(tmp_path / "out"), *options])
+        assert result.exit_code == 1
+        assert f"`fspad export {tmp_path / 'head'} {tmp_path / 'out'}`" in result.output
+        assert len(result.output.splitlines()) == 1
+    result = CliRunner().invoke(app, ["export", str(source), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "no head could be loaded" in result.output
+    assert not (tmp_path / "out").exists()

@@ -11,10 +11,16 @@ import transformers
 from datasets import Dataset
 
 from fspad import FSPADModel
-from fspad.trainer import DataCollatorForFSPAD, FSPADTrainingArguments, decoding
-from fspad.trainer import trainer as trainer_module
+from fspad.trainer import DataCollatorForFSPAD, FSPADTrainingArguments, evaluation
 from fspad.trainer.data import prepare_dataset
-from fspad.trainer.decoding import decode_prompts, find_prompts, first_prompts
+from fspad.trainer.evaluation import (
+    choose_draft_size,
+    compare_draft_sizes,
+    decode_prompts,
+    find_prompts,
+    first_prompts,
+    usable_prompts,
+)
 from fspad.trainer.features import add_features
 from helpers.models import make_head, make_target
 from helpers.trainers import losses, make_dataset, make_trainer, weights
@@ -84,7 +90,7 @@ def test_prompts_are_the_first_of_the_dataset_however_it_is_shared(monkeypatch):
     assert first_prompts(batches, 5) == expected
     for num_processes in (2, 3):
         shares = [batches[process::num_processes] for process in range(num_processes)]
-        monkeypatch.setattr(decoding, "gather_object", lambda own, shares=shares: shares)
+        monkeypatch.setattr(evaluation, "gather_object", lambda own, shares=shares: shares)
         assert first_prompts(shares[1], 5) == expected
 
 
@@ -177,7 +183,7 @@ def test_evaluation_changes_nothing_of_the_training(tmp_path):
 
 def test_best_checkpoint_by_tau(tmp_path, monkeypatch):
     taus = iter([1.5, 2.5, 2.0, 1.0])
-    monkeypatch.setattr(trainer_module, "decode_prompts", lambda *args: {"tau": next(taus), "speedup": 1.0})
+    monkeypatch.setattr(evaluation, "decode_prompts", lambda *args: {"tau": next(taus), "speedup": 1.0})
     trainer = make_trainer(
         tmp_path,
         dataset=make_dataset(),
@@ -200,11 +206,11 @@ def test_best_checkpoint_by_tau(tmp_path, monkeypatch):
 def test_processes_share_the_prompts_out(monkeypatch):
     target, head = make_pair()
     gathered = []
-    monkeypatch.setattr(decoding, "gather_object", lambda own: gathered.extend(own) or gathered)
+    monkeypatch.setattr(evaluation, "gather_object", lambda own: gathered.extend(own) or gathered)
     for process in range(3):
         state = SimpleNamespace(process_index=process, num_processes=3)
-        monkeypatch.setattr(decoding, "PartialState", lambda state=state: state)
-        metrics = decode_prompts(head, target, PROMPTS[:2], 12)
+        monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)
+        metrics = decode_prompts(head, target, PROMPTS[:2], 12, {})
     # The last process has no prompt of its own, and knows of all.
     assert len(gathered) == 2
     assert metrics["tau"] == pytest.approx(generated_tau(target, head, PROMPTS[:2], 12))
@@ -213,17 +219,87 @@ def test_processes_share_the_prompts_out(monkeypatch):
 def test_target_that_cannot_be_assisted():
     config = transformers.MambaConfig(vocab_size=9, hidden_size=32, num_hidden_layers=2, state_size=4)
     target = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert decode_prompts(make_head(target), target, PROMPTS[:1], 6)["tau"] == 1.0
+    assert decode_prompts(make_head(target), target, PROMPTS[:1], 6, {})["tau"] == 1.0
 
 
 def test_prompts_that_leave_no_room_for_an_answer():
     target = make_target("gpt2", vocab_size=9, n_positions=16)
-    head = make_head(target)
     prompts = [(1,) * 11, (2, 3)]
-    assert decode_prompts(head, target, prompts, 6)["tau"] == pytest.approx(
-        generated_tau(target, head, prompts[1:], 6)
+    assert usable_prompts(prompts, target, 6) == [(2, 3)]
+    assert usable_prompts(prompts[:1], target, 6) == []
+    assert usable_prompts(prompts, make_target(vocab_size=9), 6) == prompts
+
+
+def test_plain_answers_are_decoded_once():
+    target, head = make_pair()
+    kept = {}
+    first = decode_prompts(head, target, PROMPTS[:2], 12, kept)
+    assert list(kept) == PROMPTS[:2]
+    answers = dict(kept)
+    second = decode_prompts(head, target, PROMPTS, 12, kept)
+    assert list(kept) == PROMPTS
+    assert all(kept[prompt] is answer for prompt, answer in answers.items())
+    assert first["tau"] == pytest.approx(generated_tau(target, head, PROMPTS[:2], 12))
+    assert second["tau"] == pytest.approx(generated_tau(target, head, PROMPTS, 12))
+
+
+def test_acceptance_by_depth_adds_up_to_tau():
+    target, head = make_pair()
+    metrics = decode_prompts(head, target, PROMPTS[:1], 25, {})
+    shares = [value for name, value in metrics.items() if name.startswith("acceptance_depth_")]
+    assert metrics["tau"] > 1
+    assert sum(shares) == pytest.approx(metrics["tau"] - 1)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "chosen"),
+    [
+        ({"auto": 1.5, 4: 1.2, 8: 1.55}, "auto"),  # not clearly faster
+        ({"auto": 1.0, 4: 1.2, 8: 1.25}, 8),
+        ({"auto": 0.9, 4: 0.5}, "auto"),
+    ],
+)
+def test_fixed_draft_size_must_be_clearly_faster(speedups, chosen):
+    assert choose_draft_size(speedups) == chosen
+
+
+@pytest.mark.parametrize("has_eval_dataset", [False, True])
+def test_draft_size_is_measured_after_training(tmp_path, monkeypatch, has_eval_dataset):
+    seen = []
+
+    def compare(head, target, prompts, max_new_tokens):
+        seen.append((prompts, max_new_tokens))
+        return {"auto": 0.8, 16: 0.9}
+
+    monkeypatch.setattr(evaluation, "compare_draft_sizes", compare)
+    warned = []
+    monkeypatch.setattr(evaluation.logger, "warning", warned.append)
+    target, head = make_pair()
+    eval_dataset = make_dialogues().select([3]) if has_eval_dataset else None
+    trainer = make_trainer(
+        tmp_path, target, make_dialogues(), head, eval_dataset, num_draft_tokens="measure", max_steps=1, **DECODING
     )
-    assert decode_prompts(head, target, prompts[:1], 6) == {}
+    trainer.train()
+    assert seen == [([PROMPTS[2]] if has_eval_dataset else PROMPTS[:2], 25)]
+    assert trainer.model.config.num_draft_tokens == 16
+    trainer.save_model()
+    assert FSPADModel.from_pretrained(tmp_path).config.num_draft_tokens == 16
+    assert "slower on this machine: 0.90 times" in warned[-1]
+
+
+def test_draft_sizes_are_compared_in_turn():
+    target, head = make_pair()
+    speedups = compare_draft_sizes(head, target, PROMPTS[:2], 6)
+    assert set(speedups) == {"auto", *evaluation.DRAFT_SIZES}
+    assert all(value > 0 for value in speedups.values())
+    assert head.config.num_draft_tokens == 59
+
+
+@pytest.mark.parametrize(("value", "expected"), [("12", 12), ("auto", "auto"), ("measure", 5), (None, 5)])
+def test_draft_size_of_the_arguments(tmp_path, value, expected):
+    target, head = make_pair(num_draft_tokens=5)
+    make_trainer(tmp_path, target, head=head, dataset=make_dialogues(), num_draft_tokens=value)
+    assert head.config.num_draft_tokens == expected
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_eval_prompts", -1), ("eval_max_new_tokens", 0)])

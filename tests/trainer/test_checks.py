@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fspad.trainer.checkpoints import find_checkpoint
+from fspad.trainer.checks import find_checkpoint
 from helpers.trainers import make_trainer
 
 
