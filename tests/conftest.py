@@ -12,10 +12,11 @@ import pytest
 
 # What users have set is not what is tested. Read when huggingface_hub and torch are imported, and by child processes.
 for name in list(os.environ):
-    if name.startswith(("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")):
+    if name.startswith(("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_", "ACCELERATE_")):
         del os.environ[name]
 HF_HOME = tempfile.mkdtemp(prefix="fspad-tests-")
 os.environ |= {"HF_HOME": HF_HOME, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # for the stand-in of the Hub
 
 
 def pytest_unconfigure() -> None:

@@ -57,3 +57,18 @@ def prepare_one(row, **kwargs):
     """What `prepare_dataset` makes of a dataset of one row."""
     prepared = prepare_dataset(Dataset.from_list([row]), kwargs.pop("tokenizer", None), **kwargs)
     return prepared[0]
+
+
+def features_dataset():
+    """Three rows with features of two numbers."""
+    rows = [(2, 6), (6, 2), (1, 3)]
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": list(range(zeros + ones)),
+                "assistant_mask": [0] * zeros + [1] * ones,
+                "features": [[float(i), 0.5] for i in range(zeros + ones)],
+            }
+            for zeros, ones in rows
+        ]
+    )

@@ -58,3 +58,8 @@ def losses(trainer, *names):
 def weights(trainer):
     """Copies of the weights of the head."""
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def shards(folder):
+    """The files of features in a folder."""
+    return sorted(folder.glob("features-*.arrow"))

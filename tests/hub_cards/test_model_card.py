@@ -1,6 +1,5 @@
-"""The text of model cards: nothing in it that is not known, and a snippet that works."""
+"""The text of model cards: nothing in it that is not known."""
 
-import ast
 import re
 import sys
 from dataclasses import replace
@@ -8,87 +7,23 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import fspad
-from fspad.hub_cards import Evaluation, FSPADModelCard, Measurement, Training
-from helpers import fresh
-from helpers.models import make_head, make_target
-
-CONFIG = fspad.FSPADConfig(vocab_size=97, hidden_size=32, num_attention_heads=4)
-TARGET = "somebody/target"
-SHA, TARGET_SHA = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
-WHERE = {"machine": "A|B CPU, a name that is long enough for YAML to fold it into two lines", "dtype": "bfloat16"}
-GREEDY = Measurement("Held-out prompts", 0, 2.346, 1.5, tokens_per_second=43.21, num_prompts=200, threads=2, **WHERE)
-SAMPLED = replace(GREEDY, temperature=1.0, tau=2.0, speedup=1.25)
-OTHER = Measurement("Spec-Bench: math", 0, tau=3)
-TRAINING = Training(
-    dataset="Prompts answered\nby the target",
-    num_dialogs=4000,
-    num_answer_tokens=1234567,
-    steps=2000,
-    epochs=8.0,
-    mask_policy="answers only",
-    recipe={"learning_rate": 5e-4, "max_grad_value": None},
-    hardware="2 CPU cores",
-    versions={"torch": "2.13.0"},
+from fspad.hub_cards import Evaluation, FSPADModelCard, Training
+from helpers.cards import (
+    CARDS,
+    CONFIG,
+    GREEDY,
+    OTHER,
+    SHA,
+    TARGET,
+    TARGET_SHA,
+    TRAINING,
+    WHERE,
+    bare_card,
+    full_card,
+    hub_card,
 )
-
-
-def bare_card() -> FSPADModelCard:
-    return FSPADModelCard(CONFIG)
-
-
-def hub_card() -> FSPADModelCard:
-    return FSPADModelCard(CONFIG, repo_id="user/head", revision=SHA, target=TARGET, target_revision=TARGET_SHA)
-
-
-def full_card() -> FSPADModelCard:
-    return FSPADModelCard(
-        fspad.FSPADConfig(**{**CONFIG.to_dict(), "draft_vocab_size": 50, "target_model_name": TARGET}),
-        path="examples/heads/small",
-        target_weights="GGUF Q4_1, dequantised",
-        training=TRAINING,
-        measurements=[GREEDY, OTHER, SAMPLED],
-        license="apache-2.0",
-        license_note="Inherited from the target.\n",
-        datasets=["openai/gsm8k"],
-    )
-
-
-# Stands for the file that a pushed head has, and takes what the card's call hands on.
-RECIPE = f"""
-from transformers import AutoModel
-
-
-def generate(model, revision, **kwargs):
-    assert revision == {SHA!r}
-    kwargs["assistant_model"] = AutoModel.from_pretrained("user/head", trust_remote_code=True, dtype=model.dtype)
-    return model.generate(**kwargs)
-"""
-
-
-CARDS = pytest.mark.parametrize("make", [bare_card, hub_card, full_card])
-
-
-def python_blocks(card: FSPADModelCard) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", str(card.render()), re.DOTALL)
-
-
-def python_block(card: FSPADModelCard) -> str:
-    return "\n".join(python_blocks(card))
-
-
-def calls(block: str) -> dict[str, dict[str, object]]:
-    """Keyword arguments that are literals, by the function called."""
-    found = [
-        node for node in ast.walk(compile(block, "card", "exec", ast.PyCF_ONLY_AST)) if isinstance(node, ast.Call)
-    ]
-    return {
-        ast.unparse(call.func): {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
-        for call in found
-    }
 
 
 @CARDS
@@ -243,71 +178,6 @@ def test_license_section():
     assert "## License\n\n`apache-2.0`\n\nInherited from the target.\n\n## Citation" in str(full_card().render())
     assert "## License\n\nA note.\n\n##" in str(FSPADModelCard(CONFIG, license_note="A note.").render())
     assert "## License\n\n`mit`\n\n##" in str(FSPADModelCard(CONFIG, license="mit").render())
-
-
-def test_snippet_pins_both_revisions():
-    arguments = calls(python_block(hub_card()))
-    assert arguments["AutoModel.from_pretrained"] == {"revision": SHA, "trust_remote_code": True}
-    for name in ("AutoModelForCausalLM.from_pretrained", "AutoTokenizer.from_pretrained"):
-        assert arguments[name] == {"revision": TARGET_SHA}
-    (custom_generate,) = [block for block in python_blocks(hub_card()) if "custom_generate" in block]
-    assert calls(custom_generate)["target.generate"] == {
-        "custom_generate": "user/head",
-        "revision": SHA,
-        "trust_remote_code": True,
-        "max_new_tokens": 128,
-    }
-    assert "import fspad" not in python_block(hub_card())
-    assert "`revision` pins the code and the weights that this card describes." in str(hub_card().render())
-
-
-def test_snippet_without_a_known_revision():
-    card = FSPADModelCard(CONFIG, repo_id="user/head", target=TARGET)
-    assert calls(python_block(card))["AutoModel.from_pretrained"] == {"trust_remote_code": True}
-    assert "Pin what you have read with `revision=`." in str(card.render())
-
-
-def test_snippet_of_a_head_without_a_repository():
-    block = python_block(full_card())
-    assert block.startswith("import fspad")
-    assert 'AutoModel.from_pretrained("examples/heads/small", dtype=target.dtype)' in block
-    assert "trust_remote_code" not in block
-    assert 'AutoModel.from_pretrained("path/to/this/folder"' in python_block(bare_card())
-
-
-@pytest.mark.parametrize("on_hub", [True, False])
-def test_snippet_runs_in_a_fresh_process(on_hub, tmp_path):
-    target = make_target()
-    target.save_pretrained(tmp_path / TARGET)
-    vocab = {"<unk>": 0, **{f"w{i}": i for i in range(1, 97)}}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = ["input_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", model_input_names=names).save_pretrained(
-        tmp_path / TARGET
-    )
-    head = make_head(target)
-    head.save_pretrained(tmp_path / "user" / "head")
-    # What a repository has there loads the head by itself.
-    recipe = tmp_path / "user" / "head" / "custom_generate" / "generate.py"
-    recipe.parent.mkdir(exist_ok=True)
-    recipe.write_text(RECIPE)
-    where = {"repo_id": "user/head", "revision": SHA} if on_hub else {"path": "user/head"}
-    script = python_block(FSPADModelCard(head.config, target=TARGET, **where))
-    if on_hub:
-        script = "import sys; sys.modules['fspad'] = None  # as if it were not installed\n" + script
-    # Both ids are also folders here, which come before the Hub.
-    assert "max_new_tokens=128" in script
-    texts = fresh.run(script.replace("max_new_tokens=128", "max_new_tokens=40"), tmp_path).strip().splitlines()
-    assert len(texts) == (3 if on_hub else 2)
-    assert all(len(text.split()) > 30 for text in texts)
-    # Greedy; a pipeline samples.
-    assert len(set(texts[:-1])) == 1
-
-
-@CARDS
-def test_snippet_compiles(make):
-    compile(python_block(make()), "card", "exec")
 
 
 def test_the_target_of_the_config_is_used_only_if_it_is_a_hub_id(tmp_path, monkeypatch):
