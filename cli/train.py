@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, set_seed
 
 from fspad import FSPADConfig, FSPADModel
 
@@ -30,6 +30,12 @@ _USUAL = (
     *("train_sampling_strategy", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
     *("load_best_model_at_end", "metric_for_best_model", "resume_from_checkpoint", "report_to", "seed"),
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
+)
+_TITLES = (
+    "target, head and dialogues",
+    "training of a head",
+    "the most usual ones of transformers' TrainingArguments",
+    "all others of transformers' TrainingArguments",
 )
 
 
@@ -107,14 +113,12 @@ class TrainParser(HfArgumentParser):
             "may be written with hyphens or underscores.",
             formatter_class=HyphenFormatter,
         )
-        stock = {entry.name for entry in dataclasses.fields(TrainingArguments)}
-        own = {entry.name for entry in dataclasses.fields(arguments_class)}
         changed = set(arguments_class.__annotations__)
         self._titles = {
-            **dict.fromkeys(own & stock, "all others of transformers' TrainingArguments"),
-            **dict.fromkeys(_USUAL, "the most usual ones of transformers' TrainingArguments"),
-            **dict.fromkeys(changed, "training of a head"),
-            **{entry.name: "target, head and dialogues" for entry in dataclasses.fields(DataArguments)},
+            **dict.fromkeys((entry.name for entry in dataclasses.fields(arguments_class)), _TITLES[3]),
+            **dict.fromkeys(_USUAL, _TITLES[2]),
+            **dict.fromkeys(changed, _TITLES[1]),
+            **dict.fromkeys((entry.name for entry in dataclasses.fields(DataArguments)), _TITLES[0]),
         }
 
     def error(self, message: str) -> NoReturn:
@@ -130,7 +134,7 @@ class TrainParser(HfArgumentParser):
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
-        for title in ("help", *dict.fromkeys(reversed(self._titles.values()))):
+        for title in ("help", *_TITLES):
             formatter.start_section(title)
             formatter.add_arguments(groups.get(title, []))
             formatter.end_section()

@@ -14,11 +14,13 @@ from transformers.utils import logging
 from .marked_text import first_counted_row
 from .packing import pack_dataset
 from .rows import FORMS, NEED_TOKENIZER, PACKED, check_mask, dialogue_rows, packed_row
-from .token_ids import check_token_ids
+from .token_ids import check_dataset, check_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
+
+    from .training_arguments import FSPADTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -91,6 +93,35 @@ def prepare_dataset(
     if "features" in columns:
         kept = kept.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
     return kept
+
+
+def prepare_all(
+    datasets: Any, tokenizer: PreTrainedTokenizerBase | None, args: FSPADTrainingArguments, vocab_size: int
+) -> Any:
+    """Prepare datasets and check their token ids.
+
+    Args:
+        datasets: A dataset, `None`, or a dictionary or tuple of these.
+        tokenizer: The target's tokenizer; only needed for messages and text.
+        args: Training arguments.
+        vocab_size: Vocabulary size of the target.
+
+    Returns:
+        The same with prepared datasets.
+
+    Raises:
+        ValueError: As in [`prepare_dataset`], or if a token is not in the vocabulary.
+    """
+    if isinstance(datasets, dict):
+        return {name: prepare_all(dataset, tokenizer, args, vocab_size) for name, dataset in datasets.items()}
+    if isinstance(datasets, tuple):
+        return tuple(prepare_all(dataset, tokenizer, args, vocab_size) for dataset in datasets)
+    if datasets is None:
+        return None
+    dataset = prepare_dataset(datasets, tokenizer, args.max_length, args.packing)
+    if hasattr(dataset, "num_rows"):  # no stream, which is checked while it is read
+        check_dataset(dataset, vocab_size)
+    return dataset
 
 
 def _column_names(dataset: Dataset | IterableDataset, is_stream: bool) -> set[str]:

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from fspad import FSPADModel
 from fspad.bench.machine import target_dtype
-from fspad.provenance import note_default_revision
+from fspad.provenance import note_default_revision, vocabulary_hash
 
 from .data import count_token_frequencies, most_frequent_tokens
 
@@ -53,6 +53,27 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError, KeyError) as error:
         logger.warning(f"No tokenizer could be loaded from {name}, only token ids can be trained on: {error}")
         return None
+
+
+def warn_of_another_tokenizer(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say once that a tokenizer has not the vocabulary of the one that lies beside the target on this machine.
+
+    Args:
+        target: The target; one without a name, or without a tokenizer that is at hand, is passed over.
+        tokenizer: The tokenizer that dialogues are to be tokenized with.
+    """
+    name = target.config._name_or_path
+    if not name or name == getattr(tokenizer, "name_or_path", None):
+        return
+    try:
+        own = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception:  # anything: no tokenizer is no reason to stop
+        return
+    if vocabulary_hash(own) != vocabulary_hash(tokenizer):
+        logger.warning(
+            f"The tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r} has another vocabulary "
+            f"than the one of the target {name!r}: the head learns from texts that the target would not read like this."
+        )
 
 
 def make_head(target: PreTrainedModel, seed: int) -> FSPADModel:

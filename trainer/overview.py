@@ -107,9 +107,7 @@ def describe(trainer: FSPADTrainer, trial: Trial) -> str:
     if args.features_dir is not None and trial.feature_seconds and tokens is not None:
         size = _size(tokens * config.hidden_size * trainer.target.dtype.itemsize)
         seconds = tokens * trial.feature_seconds / trial.tokens
-        lines.append(
-            f"Features are computed first: about {_duration(seconds)}, {size} in {args.features_dir}."
-        )
+        lines.append(f"Features are computed first: about {_duration(seconds)}, {size} in {args.features_dir}.")
     seconds = trial.step_seconds + (0.0 if args.features_dir is not None else trial.feature_seconds)
     speed = trial.tokens / seconds
     line = f"At {speed:,.0f} tokens/s (measured on one batch) "

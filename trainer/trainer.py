@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import CONFIG_NAME
 
@@ -23,10 +23,11 @@ from .checks import (
     check_virtual_tokens,
     find_checkpoint,
 )
-from .data import DataCollatorForFSPAD, prepare_dataset
+from .clipping import ClipGradientValues
+from .data import DataCollatorForFSPAD, prepare_all
 from .evaluation import EvaluationMixin
 from .features import add_features, check_finite, compute_features
-from .loading import load_target, load_tokenizer, make_head, trim_vocabulary
+from .loading import load_target, load_tokenizer, make_head, trim_vocabulary, warn_of_another_tokenizer
 from .loss import AlignedBatch, CountedRows, LossSums, align, compute_losses, counted_rows, dialogue_lengths
 from .overview import describe, try_batch
 from .pushing import PushingMixin
@@ -37,41 +38,14 @@ from .unrolling import step_masks, unroll
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from accelerate import Accelerator
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
+    from transformers import PreTrainedTokenizerBase
     from transformers.trainer_utils import TrainOutput
 
     from fspad import FSPADModel
 
     from .evaluation import Prompt
-
-
-class ClipGradientValues(TrainerCallback):
-    """Clips gradients by value, once they are reduced over devices.
-
-    Args:
-        accelerator: The trainer's, to undo the loss scaling of fp16 first, which the trainer leaves to norm clipping.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-
-    def on_pre_optimizer_step(
-        self,
-        args: FSPADTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Clip right before the optimizer looks at the gradients."""
-        if args.max_grad_value is not None:
-            if args.max_grad_norm <= 0:
-                self.accelerator.unscale_gradients()
-            # Not the accelerator's method of that name, which raises under FSDP.
-            nn.utils.clip_grad_value_(model.parameters(), args.max_grad_value)
 
 
 class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
@@ -139,6 +113,7 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
         check_target(model.config, target)
         if processing_class is not None:
             check_vocabulary(model.config, processing_class)
+            warn_of_another_tokenizer(target, processing_class)
         warn_of_other_weights(model.config, target)
         if (adapter := peft_config or getattr(model, "active_peft_config", None)) is not None:
             check_adapter(adapter)
@@ -150,7 +125,9 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
             target = target.to(args.device)
         self.target = target.eval()
         with args.main_process_first(desc="preparing the datasets"):
-            train_dataset, eval_dataset = _prepare((train_dataset, eval_dataset), processing_class, args)
+            train_dataset, eval_dataset = prepare_all(
+                (train_dataset, eval_dataset), processing_class, args, model.config.vocab_size
+            )
         check_streams(
             args, train_dataset, list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         )
@@ -425,12 +402,3 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
             "features",
             "length",
         ]
-
-
-def _prepare(datasets: Any, tokenizer: PreTrainedTokenizerBase | None, args: FSPADTrainingArguments) -> Any:
-    """Prepare what may be nested: a dataset, `None`, and dictionaries and tuples of these."""
-    if isinstance(datasets, dict):
-        return {name: _prepare(dataset, tokenizer, args) for name, dataset in datasets.items()}
-    if isinstance(datasets, tuple):
-        return tuple(_prepare(dataset, tokenizer, args) for dataset in datasets)
-    return datasets and prepare_dataset(datasets, tokenizer, args.max_length, args.packing)

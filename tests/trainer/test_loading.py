@@ -6,8 +6,8 @@ from datasets import Dataset
 
 from fspad import FSPADModel
 from fspad.provenance import vocabulary_hash
-from fspad.trainer import FSPADTrainer, FSPADTrainingArguments
-from fspad.trainer.loading import make_head, trim_vocabulary
+from fspad.trainer import FSPADTrainer, FSPADTrainingArguments, loading
+from fspad.trainer.loading import load_target, make_head, trim_vocabulary
 from helpers.dialogues import CHAT, make_tokenizer
 from helpers.models import make_target
 from helpers.trainers import make_dataset, make_trainer
@@ -75,6 +75,30 @@ def test_head_of_another_target_with_the_same_tokenizer(tmp_path, monkeypatch):
     make_trainer(tmp_path, make_target(seed=5), head=head)
     (message,) = warned
     assert "with other weights than this LlamaForCausalLM has" in message
+
+
+def test_another_tokenizer_of_fitting_size(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(loading.logger, "warning", warned.append)
+    make_target().save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    target = load_target(str(tmp_path / "target"))
+    other = make_tokenizer()
+    make_trainer(tmp_path / "head", target, processing_class=other)
+    assert not warned
+    other.add_tokens(["brand-new"])
+    make_trainer(tmp_path / "head", target, processing_class=other)
+    assert "has another vocabulary than the one of the target" in warned[0]
+
+
+def test_token_ids_are_checked_in_all_rows(tmp_path):
+    rows = [{"prompt_ids": [1, 2], "response_ids": [3, 4, 5]}] * 50
+    rows += [{"prompt_ids": [1, 2], "response_ids": [3, 97, 5]}]
+    with pytest.raises(ValueError, match=r"token ids below 97, .* got 97"):
+        make_trainer(tmp_path, dataset=Dataset.from_list(rows))
+    rows[-1] = {"prompt_ids": [1, 2], "response_ids": [3, -1, 5]}
+    with pytest.raises(ValueError, match=r"token ids below 97, .* got -1"):
+        make_trainer(tmp_path, dataset=make_dataset(), eval_dataset=Dataset.from_list(rows))
 
 
 def test_output_folder_that_cannot_be_written_to(tmp_path):

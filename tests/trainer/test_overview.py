@@ -80,7 +80,6 @@ def test_what_is_wrong_is_said_before_features_are_computed(tmp_path, features_d
     with pytest.raises(ValueError, match="expected finite features from LlamaForCausalLM"):
         trainer.train()
     rows = Dataset.from_list([{"prompt_ids": [1, 2], "response_ids": [3, 97, 5]}])
-    trainer = make_trainer(tmp_path, dataset=rows, features_dir=folder)
     with pytest.raises(ValueError, match="token ids below 97"):
-        trainer.train()
+        make_trainer(tmp_path, dataset=rows, features_dir=folder)
     assert not (tmp_path / "features").exists()

@@ -84,7 +84,11 @@ BINARY = pyarrow.array([b"hi", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.stri
             gzip.compress(GOOD, mtime=0)[:-9],
             "expected JSON lines in UTF-8 in .*a.jsonl.gz, got what cannot be read",
         ),
-        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 20, "in UTF-8 in .*a.jsonl.gz, got what cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 20,
+            "in UTF-8 in .*a.jsonl.gz, got what cannot be read",
+        ),
     ],
 )
 def test_files_of_prompts(name, content, message, tmp_path):

@@ -176,7 +176,7 @@ def test_resuming_with_another_head_is_refused(tmp_path):
 
 
 def test_scaled_gradients_are_unscaled_before_they_are_clipped():
-    from fspad.trainer.trainer import ClipGradientValues
+    from fspad.trainer.clipping import ClipGradientValues
 
     class Accelerator:
         def unscale_gradients(self):
