@@ -274,7 +274,6 @@ class EvaluationMixin:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             sums = self._eval_sums.map(lambda value: self.accelerator.reduce(value, "sum").cpu())
             metrics = sums.averages(self.args.draft_step_weights, top_k=self.model.config.draft_top_k)
-            metrics["loss"] = sum(getattr(self.args, f"{name}_weight") * metrics[name] for name in sums.terms)
             if self.args.num_eval_prompts > 0 and self._can_decode():
                 prompts = first_prompts(self._eval_prompts, self.args.num_eval_prompts)
                 if prompts := usable_prompts(prompts, self.target, self.args.eval_max_new_tokens):

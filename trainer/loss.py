@@ -160,7 +160,7 @@ class LossSums:
     """Sums over the counted rows of each draft step; every tensor but `tokens` is of shape `(steps,)`.
 
     Args:
-        terms: Terms of the loss by name, without their weights.
+        terms: Terms of the loss by name, without their weights, and `loss` with them.
         rows: Counted rows.
         correct: Rows whose most probable token is the target's.
         in_top_k: Rows where the target's most probable token is among the k of the draft.
@@ -251,6 +251,7 @@ def compute_losses(
     trained = len(step_weights)
     loss = sum(weight * (value[:trained] * step_weights).sum() for weight, value in terms.values())
     sums = {name: value.detach().float() for name, (_, value) in terms.items()}
+    sums["loss"] = sum(weight * sums[name] for name, (weight, _) in terms.items())
     return loss, LossSums(sums, rows.mask.sum(dim=1).float(), correct.float(), in_top_k.float())
 
 

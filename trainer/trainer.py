@@ -370,7 +370,7 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
         """
         if "loss" in logs:
             sums = self._train_sums.map(lambda value: self.accelerator.reduce(value.clone(), "sum").cpu())
-            logs.update(sums.averages(self.args.draft_step_weights))
+            logs |= sums.averages(self.args.draft_step_weights) | {"loss": logs["loss"]}
             now = time.perf_counter()
             if sums.tokens is not None:
                 logs["tokens_per_second"] = round(sums.tokens.item() / (now - self._log_start - self._paused), 1)
