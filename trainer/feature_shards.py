@@ -164,7 +164,10 @@ class FeatureShards:
                 f"expected {self._file}, which says what the features beside it are of, got no such file: name another "
                 "folder."
             )
-        before = json.loads(self._file.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(self._file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected JSON in {self._file}, got what cannot be read: name another folder.") from error
         if differences := find_differences(*_comparable(before, self.settings)):
             raise ValueError(
                 f"expected the features of this target and dataset in {self.folder}, got those of others "
