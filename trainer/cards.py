@@ -40,6 +40,7 @@ RECIPE = (
     "logits_loss_weight",
     "feature_noise",
     "num_draft_steps",
+    "draft_step_decay",
     "max_length",
     "packing",
     "bf16",
