@@ -167,7 +167,9 @@ class FeatureShards:
         try:
             before = dict(json.loads(self._file.read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"expected JSON in {self._file}, got what cannot be read: name another folder.") from error
+            raise ValueError(
+                f"expected JSON in {self._file}, got what cannot be read: name another folder."
+            ) from error
         if differences := find_differences(*_comparable(before, self.settings)):
             raise ValueError(
                 f"expected the features of this target and dataset in {self.folder}, got those of others "

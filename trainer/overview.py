@@ -12,6 +12,8 @@ import psutil
 import torch
 
 if TYPE_CHECKING:
+    from fspad import FSPADConfig
+
     from .trainer import FSPADTrainer
 
 # What AdamW keeps for each weight: two averages in float32
@@ -90,42 +92,52 @@ def describe(trainer: FSPADTrainer, trial: Trial) -> str:
     Returns:
         A few lines of text.
     """
-    args, config = trainer.args, trainer.model.config
-    name = trainer.target.config._name_or_path or type(trainer.target).__name__
-    weights = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    scored = config.draft_vocab_size or config.vocab_size
-    lines = [
-        f"Training {weights / 1e6:.1f} million weights of a head for {name}, which scores "
-        f"{scored:,} of {config.vocab_size:,} tokens, with batches of {trainer.batch_size} dialogues."
-    ]
     is_stream = isinstance(trainer.train_dataset, datasets.IterableDataset)
     tokens = None if is_stream else sum(trainer.train_dataset["length"][:])
-    if tokens is None:
-        lines[0] += f" {args.max_steps:,} steps on a stream."
-    else:
-        lines[0] += f" {len(trainer.train_dataset):,} rows of {tokens:,} tokens, {_duration_in_steps(trainer)}."
-    if args.features_dir is not None and trial.feature_seconds and tokens is not None:
-        size = _size(tokens * config.hidden_size * trainer.target.dtype.itemsize)
-        seconds = tokens * trial.feature_seconds / trial.tokens
-        lines.append(f"Features are computed first: about {_duration(seconds)}, {size} in {args.features_dir}.")
+    weights = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    lines = (
+        _describe_work(trainer, weights, tokens),
+        _describe_features(trainer, trial, tokens),
+        _describe_time_and_memory(trainer, trial, weights, tokens),
+        _vocabulary_hint(trainer.model.config, weights),
+    )
+    return "\n".join(line for line in lines if line)
+
+
+def _describe_work(trainer: FSPADTrainer, weights: int, tokens: int | None) -> str:
+    args, config = trainer.args, trainer.model.config
+    name = trainer.target.config._name_or_path or type(trainer.target).__name__
+    scored = config.draft_vocab_size or config.vocab_size
+    covered = "" if trainer.draft_coverage is None else f" ({trainer.draft_coverage:.1%} of what the assistant writes)"
+    steps = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    rows = "a stream" if tokens is None else f"{len(trainer.train_dataset):,} rows of {tokens:,} tokens"
+    return (
+        f"Training {weights / 1e6:.1f} million weights of a head for {name}, which scores {scored:,} of "
+        f"{config.vocab_size:,} tokens{covered}, on {rows}: {steps}, with batches of {trainer.batch_size} rows."
+    )
+
+
+def _describe_features(trainer: FSPADTrainer, trial: Trial, tokens: int | None) -> str | None:
+    folder = trainer.args.features_dir
+    if folder is None or tokens is None or not trial.feature_seconds:
+        return None
+    size = _size(tokens * trainer.model.config.hidden_size * trainer.target.dtype.itemsize)
+    seconds = tokens * trial.feature_seconds / trial.tokens
+    return f"Features that are not there yet are computed first: all take about {_duration(seconds)} and {size} in {folder}."
+
+
+def _describe_time_and_memory(trainer: FSPADTrainer, trial: Trial, weights: int, tokens: int | None) -> str:
+    args = trainer.args
     seconds = trial.step_seconds + (0.0 if args.features_dir is not None else trial.feature_seconds)
     speed = trial.tokens / seconds
-    line = f"At {speed:,.0f} tokens/s (measured on one batch) "
-    line += (
-        f"{1000:,} tokens take {_duration(1000 / speed)}"
-        if tokens is None
-        else (f"an epoch takes about {_duration(tokens / speed / args.world_size)}")
-    )
+    takes = f"a million tokens take about {_duration(1e6 / speed / args.world_size)}"
+    if tokens is not None:
+        takes = f"an epoch takes about {_duration(tokens / speed / args.world_size)}"
     memory = _size(_memory(trainer, weights))
-    lines.append(f"{line}. Memory: about {memory}; each checkpoint: {_size(12 * weights)}.")
-    if hint := _vocabulary_hint(config.vocab_size, scored, config.hidden_size, weights):
-        lines.append(hint)
-    return "\n".join(lines)
-
-
-def _duration_in_steps(trainer: FSPADTrainer) -> str:
-    args = trainer.args
-    return f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    return (
+        f"At {speed:,.0f} tokens/s (measured on one batch) {takes}. Memory: about {memory}; each checkpoint: "
+        f"{_size(12 * weights)}."
+    )
 
 
 def _memory(trainer: FSPADTrainer, weights: int) -> float:
@@ -137,18 +149,19 @@ def _memory(trainer: FSPADTrainer, weights: int) -> float:
     return held + weights * _OPTIMIZER_BYTES
 
 
-def _vocabulary_hint(vocab_size: int, scored: int, hidden_size: int, weights: int) -> str | None:
+def _vocabulary_hint(config: FSPADConfig, weights: int) -> str | None:
     """Say what scoring all tokens costs, if that is much more than the head itself."""
 
     def work(size: int) -> float:
         # Products with each weight of the head (forward, and two backward); logits of draft and target, and a gradient
-        return 3 * weights + 3 * hidden_size * size
+        return 3 * weights + 3 * config.hidden_size * size
 
+    scored = config.draft_vocab_size or config.vocab_size
     times = work(scored) / work(_SMALLER_VOCABULARY)
     if scored <= _SMALLER_VOCABULARY or times < _LARGE_VOCABULARY:
         return None
     return (
-        f"Scoring all {scored:,} tokens makes a step {times:.0f} times as much work as {_SMALLER_VOCABULARY:,} of them "
+        f"Scoring {scored:,} tokens makes a step {times:.0f} times as much work as {_SMALLER_VOCABULARY:,} of them "
         f"would, and drafting slower too: --draft-vocab-size {_SMALLER_VOCABULARY}."
     )
 

@@ -131,8 +131,10 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
         check_streams(
             args, train_dataset, list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         )
+        # Share of the assistant's tokens that the head scores, where that was counted
+        self.draft_coverage: float | None = None
         if args.draft_vocab_size is not None and train_dataset is not None:
-            self._coverage = trim_vocabulary(model, train_dataset, processing_class, args.draft_vocab_size)
+            self.draft_coverage = trim_vocabulary(model, train_dataset, processing_class, args.draft_vocab_size)
         super().__init__(
             model=model,
             args=args,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from fspad import FSPADConfig
 from fspad.trainer import overview
 from fspad.trainer.overview import Trial, describe, try_batch
 from helpers.models import make_target
@@ -34,10 +35,10 @@ def test_overview(tmp_path):
     )
     text = describe(trainer, Trial(tokens=100, feature_seconds=1.5, step_seconds=0.5))
     tokens = sum(trainer.train_dataset["length"][:])
-    assert "head for LlamaForCausalLM, which scores 40 of 97 tokens, with batches of 8 dialogues" in text
-    assert f"16 rows of {tokens} tokens, 3 epochs" in text
+    assert "head for LlamaForCausalLM, which scores 40 of 97 tokens (" in text
+    assert f"on 16 rows of {tokens} tokens: 3 epochs, with batches of 8 rows" in text
     assert f"At 50 tokens/s (measured on one batch) an epoch takes about {tokens / 50:.0f} seconds" in text
-    assert "Features are computed" not in text
+    assert "Features" not in text
     assert "Memory: about" in text
 
 
@@ -45,22 +46,29 @@ def test_overview_of_features_on_disk(tmp_path):
     trainer = make_trainer(tmp_path, features_dir=str(tmp_path / "features"))
     tokens = sum(trainer.train_dataset["length"][:])
     text = describe(trainer, Trial(tokens=100, feature_seconds=5.0, step_seconds=0.5))
-    assert f"Features are computed first: about {tokens * 5 / 100:.0f} seconds, 0 MB in" in text
+    assert f"all take about {tokens * 5 / 100:.0f} seconds and 0 MB in" in text
     assert "At 200 tokens/s" in text
 
 
 def test_overview_of_a_stream(tmp_path):
     trainer = make_trainer(tmp_path, dataset=make_dataset().to_iterable_dataset(), max_steps=7)
     text = describe(trainer, try_batch(trainer))
-    assert "7 steps on a stream" in text
+    assert "on a stream: 7 steps" in text
+    assert "a million tokens take about" in text
 
 
-def test_large_vocabularies_are_worth_a_word():
-    assert overview._vocabulary_hint(262_144, 262_144, 640, 8_000_000).startswith(
-        "Scoring all 262,144 tokens makes a step 10 times as much work as 16,384"
-    )
-    assert overview._vocabulary_hint(262_144, 16_384, 640, 8_000_000) is None
-    assert overview._vocabulary_hint(32_000, 32_000, 4096, 300_000_000) is None
+@pytest.mark.parametrize(
+    ("vocab_size", "draft_vocab_size", "hidden_size", "weights", "expected"),
+    [
+        (262_144, None, 640, 8_000_000, "Scoring 262,144 tokens makes a step 10 times as much work as 16,384"),
+        (262_144, 16_384, 640, 8_000_000, None),
+        (32_000, None, 4096, 300_000_000, None),
+    ],
+)
+def test_large_vocabularies_are_worth_a_word(vocab_size, draft_vocab_size, hidden_size, weights, expected):
+    config = FSPADConfig(vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, hidden_size=hidden_size)
+    hint = overview._vocabulary_hint(config, weights)
+    assert hint is None if expected is None else hint.startswith(expected)
 
 
 def test_it_is_told_before_the_first_step_and_only_if_wanted(tmp_path, capsys):
