@@ -1,12 +1,16 @@
 """What the README and the files in `docs/` show works."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
 from fspad.bench.smollm2 import find_smollm2
+from fspad.cli import app
+from fspad.cli.train import parse
 from helpers.models import make_head, make_target
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,3 +73,29 @@ def test_anchors(document):
         other = (document.parent / path if path else document).read_text()
         titles = re.findall(r"^#+ (.*)$", other, flags=re.MULTILINE)
         assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The words of each `fspad` command in the shell blocks of a document."""
+    blocks = re.findall(r"```bash\n(.*?)```", document.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[1:] for words in found if words and words[0] == "fspad"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_have_the_options_that_are_shown(document, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    group = get_command(app)
+    for name, *arguments in commands(document):
+        if name == "train":
+            parse(arguments)
+        else:
+            group.commands[name].make_context(name, arguments, parent=group.context_class(group))
+
+
+def test_commands_are_found():
+    found = [command for document in DOCUMENTS for command in commands(document)]
+    assert {"demo", "synthesize", "train", "bench", "convert", "export"} <= {name for name, *_ in found}
+    with pytest.raises(ValueError, match="unknown arguments: --no-such-option"):
+        parse(["--output-dir", "head", "--no-such-option"])
