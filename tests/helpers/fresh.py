@@ -66,7 +66,8 @@ def _run(script: str, folder: str, log: str, arguments: list[str], environment: 
     os.environ |= environment
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT), number)
-    sys.path.insert(0, "")
+    # Where the process that asks for this one keeps remote code, this one must not look for it
+    sys.path[:] = ["", *(path for path in sys.path if not Path(path, "transformers_modules").is_dir())]
     sys.argv = ["-c", *arguments]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     exec(compile(script, "<script>", "exec"), main.__dict__)

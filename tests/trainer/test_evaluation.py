@@ -280,7 +280,7 @@ def test_draft_size_is_measured_after_training(tmp_path, monkeypatch, has_eval_d
         tmp_path, target, make_dialogues(), head, eval_dataset, num_draft_tokens="measure", max_steps=1, **DECODING
     )
     trainer.train()
-    assert seen == [([PROMPTS[2]] if has_eval_dataset else PROMPTS[:2], 25)]
+    assert seen == [([PROMPTS[2]] if has_eval_dataset else PROMPTS[:2], DECODING["eval_max_new_tokens"])]
     assert trainer.model.config.num_draft_tokens == 16
     trainer.save_model()
     assert FSPADModel.from_pretrained(tmp_path).config.num_draft_tokens == 16
