@@ -181,13 +181,14 @@ def test_synthesize_then_train_then_demo(pair, prompts, tmp_path):
         assert result.exit_code == 0, result.output
         assert f"Wrote {expected} dialogues" in plain(result.output)
 
-    options = ("--max_steps", 1, "--draft_vocab_size", 40, "--no_partial_alignment", "--use_cpu")
+    short = ("--max_steps", 1, "--eval_max_new_tokens", 6, "--no_partial_alignment", "--use_cpu")
+    options = ("--draft_vocab_size", 40, *short)
     result = run("train", "--target", target, "--train_file", dialogues, "--output_dir", trained, *options)
     assert result.exit_code == 0, result.output
     head = fspad.FSPADModel.from_pretrained(trained)
     assert (head.config.draft_vocab_size, head.config.partial_alignment) == (40, False)
 
-    continued = ("--head", trained, "--eval_file", dialogues, "--max_steps", 1, "--no_partial_alignment", "--use_cpu")
+    continued = ("--head", trained, "--eval_file", dialogues, *short)
     result = run("train", "--target", target, "--train_file", dialogues, "--output_dir", tmp_path / "more", *continued)
     assert result.exit_code == 0, result.output
     result = run("demo", "--head", tmp_path / "more", "--target", target, "--prompts", prompts, "--max-new-tokens", 4)
