@@ -62,7 +62,8 @@ class FSPADTrainer(EvaluationMixin, PushingMixin, Trainer):
     the share of rows whose most probable token is among so many of the head. And it decodes the first prompts of the
     evaluation dataset, greedily, with and without the head as it will be used, which gives `tau`, `speedup` and
     `acceptance_depth_1` and so on; `metric_for_best_model="tau"` keeps the checkpoint that drafts best. Training goes on as
-    if nothing was evaluated. Plain answers are decoded at the first evaluation and kept.
+    if nothing was evaluated. Plain answers are decoded at the first evaluation and kept, so that `speedup` is a hint: the
+    machine may have become faster or slower since then.
 
     Args:
         model: The head; by default a new one. Keep its weights in fp32 and use `bf16=True`: updates get lost in bf16
