@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,8 @@ def fetch_smollm2() -> Path:
 def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct, dequantised, as a plain `LlamaForCausalLM`.
 
+    A GGUF file takes transformers half a minute to read, so that the dequantised model (540 MB) is kept in the cache too.
+
     Args:
         dtype: Dtype of the weights; `torch.float32` by default.
 
@@ -101,13 +103,12 @@ def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Pre
     import torch
     import transformers
 
-    path = fetch_smollm2()
-    options = {"dtype": dtype or torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # from 5.17 on; before, `gguf_file` alone dequantises
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    kept = cache_dir() / f"{GGUF_FILE}-{GGUF_SHA256[:8]}-dequantised"
     with quiet_loading():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+        if not kept.is_dir():
+            _dequantise(fetch_smollm2(), kept)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(kept)
+        model = transformers.AutoModelForCausalLM.from_pretrained(kept, dtype=dtype or torch.float32)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = TARGET_NAME
     return model.eval(), tokenizer
 
@@ -126,6 +127,22 @@ def quiet_loading() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
+
+
+def _dequantise(path: Path, folder: Path) -> None:
+    """Write the model of a GGUF file and its tokenizer into a folder, which is there as a whole or not at all."""
+    import torch
+    import transformers
+
+    options = {"gguf_file": path.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # from 5.17 on; before, `gguf_file` alone dequantises
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="dequantised-") as part:
+        transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(part)
+        transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).save_pretrained(part)
+        with suppress(OSError):  # another process was quicker
+            Path(part).rename(folder)
 
 
 def _installed_file() -> Path | None:

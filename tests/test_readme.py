@@ -23,7 +23,6 @@ def python_blocks(document: str, heading: str) -> list[str]:
 
 
 @pytest.mark.smollm2
-@pytest.mark.xdist_group("smollm2")
 @pytest.mark.skipif(find_smollm2() is None, reason="SmolLM2 is not here: `fspad demo` fetches it")
 @pytest.mark.usefixtures("smollm2_is_loaded_once")
 def test_generate(monkeypatch, capsys):

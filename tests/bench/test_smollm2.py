@@ -8,9 +8,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fspad.bench import smollm2
 from fspad.bench.smollm2 import GGUF_FILE, FetchError, cache_dir, fetch_smollm2
+from helpers.dialogues import make_tokenizer
+from helpers.models import make_target
 
 CONTENT = b"GGUF and the weights"
 
@@ -118,6 +122,50 @@ def test_missing_gguf_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"fspad\[demo\]"):
         smollm2.load_smollm2()
+
+
+def test_file_is_dequantised_once(cache, monkeypatch):
+    cache.mkdir()
+    (cache / GGUF_FILE).write_bytes(CONTENT)
+    target, tokenizer, read = make_target(), make_tokenizer(), []
+    for loader, made in ((AutoTokenizer, tokenizer), (AutoModelForCausalLM, target)):
+        kept = loader.from_pretrained
+
+        def from_pretrained(path, gguf_file=None, made=made, kept=kept, **options):
+            if gguf_file is None:
+                return kept(path, **options)
+            read.append(gguf_file)
+            return made
+
+        monkeypatch.setattr(loader, "from_pretrained", from_pretrained)
+    for dtype in (None, torch.bfloat16):
+        loaded, loaded_tokenizer = smollm2.load_smollm2(dtype)
+        assert loaded.dtype == (dtype or torch.float32)
+        assert loaded.config._name_or_path == smollm2.TARGET_NAME
+        assert all(
+            torch.equal(loaded.state_dict()[name], value.to(dtype)) for name, value in target.state_dict().items()
+        )
+        assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+        assert loaded_tokenizer.chat_template == tokenizer.chat_template
+    assert read == [GGUF_FILE] * 2, "tokenizer and model, once each"
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_full_disk_keeps_no_part_of_a_model(cache, monkeypatch):
+    cache.mkdir()
+    (cache / GGUF_FILE).write_bytes(CONTENT)
+
+    def full(self, folder):
+        Path(folder, "model.safetensors").write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    target = make_target()
+    monkeypatch.setattr(type(target), "save_pretrained", full)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: make_tokenizer())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: target)
+    with pytest.raises(OSError, match="No space left"):
+        smollm2.load_smollm2()
+    assert [path.name for path in cache.iterdir()] == [GGUF_FILE]
 
 
 @pytest.mark.parametrize(

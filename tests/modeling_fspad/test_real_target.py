@@ -13,7 +13,6 @@ from helpers.comparing import assert_same, generate
 
 pytestmark = [
     pytest.mark.smollm2,
-    pytest.mark.xdist_group("smollm2"),
     pytest.mark.skipif(
         find_smollm2() is None,
         reason="SmolLM2 is not here: `python -c 'from fspad.bench.smollm2 import fetch_smollm2; fetch_smollm2()'`",

@@ -9,8 +9,6 @@ from fspad import FSPADModel
 from helpers import fresh
 from helpers.two_processes import TRAININGS, UNEVEN, train
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
