@@ -254,7 +254,7 @@ def read_config(parser: HfArgumentParser, arguments: list[str]) -> list[str]:
 
 
 def run_training(trainer: FSPADTrainer) -> None:
-    """Train, and save the head to `--output-dir`, and to the Hub with `--push-to-hub`.
+    """Train, and save the head with its card to `--output-dir`, and to the Hub with `--push-to-hub`.
 
     Args:
         trainer: The trainer.
@@ -265,6 +265,7 @@ def run_training(trainer: FSPADTrainer) -> None:
         trainer.push_to_hub()  # saves first
     else:
         trainer.save_model()
+        trainer.create_model_card()
 
 
 def load_parts(options: DataArguments, seed: int) -> list[Dataset | IterableDataset]:

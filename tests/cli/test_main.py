@@ -182,11 +182,13 @@ def test_synthesize_then_train_then_demo(pair, prompts, tmp_path):
         assert f"Wrote {expected} dialogues" in plain(result.output)
 
     short = ("--max_steps", 1, "--eval_max_new_tokens", 6, "--no_partial_alignment", "--use_cpu")
-    options = ("--draft_vocab_size", 40, *short)
+    options = ("--draft_vocab_size", 40, "--num_draft_tokens", 8, *short)
     result = run("train", "--target", target, "--train_file", dialogues, "--output_dir", trained, *options)
     assert result.exit_code == 0, result.output
     head = fspad.FSPADModel.from_pretrained(trained)
     assert (head.config.draft_vocab_size, head.config.partial_alignment) == (40, False)
+    assert head.config.num_draft_tokens == 8
+    assert "## Training" in (trained / "README.md").read_text()
 
     continued = ("--head", trained, "--eval_file", dialogues, *short)
     result = run("train", "--target", target, "--train_file", dialogues, "--output_dir", tmp_path / "more", *continued)
