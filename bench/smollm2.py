@@ -85,8 +85,6 @@ def fetch_smollm2() -> Path:
 def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct, dequantised, as a plain `LlamaForCausalLM`.
 
-    A GGUF file takes transformers half a minute to read, so that the dequantised model (540 MB) is kept in the cache too.
-
     Args:
         dtype: Dtype of the weights; `torch.float32` by default.
 
@@ -98,19 +96,34 @@ def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Pre
         FetchError: If the weights are not here and cannot be downloaded.
         ImportError: If `gguf` is not installed.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError('reading the weights of SmolLM2 needs the package gguf: `pip install "fspad[demo]"`')
     import torch
     import transformers
 
-    kept = cache_dir() / f"{GGUF_FILE}-{GGUF_SHA256[:8]}-dequantised"
+    kept = keep_dequantised()
     with quiet_loading():
-        if not kept.is_dir():
-            _dequantise(fetch_smollm2(), kept)
         tokenizer = transformers.AutoTokenizer.from_pretrained(kept)
         model = transformers.AutoModelForCausalLM.from_pretrained(kept, dtype=dtype or torch.float32)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = TARGET_NAME
     return model.eval(), tokenizer
+
+
+def keep_dequantised() -> Path:
+    """Dequantise SmolLM2-135M-Instruct once, since transformers takes half a minute to read its GGUF file.
+
+    Returns:
+        Folder in the user's cache with model and tokenizer as transformers saves them, 540 MB in float32.
+
+    Raises:
+        FetchError: If the weights are not here and cannot be downloaded.
+        ImportError: If `gguf` is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError('reading the weights of SmolLM2 needs the package gguf: `pip install "fspad[demo]"`')
+    kept = cache_dir() / f"{GGUF_FILE}-{GGUF_SHA256[:8]}-dequantised"
+    if not kept.is_dir():
+        with quiet_loading():
+            _dequantise(fetch_smollm2(), kept)
+    return kept
 
 
 @contextmanager

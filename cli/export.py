@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from fspad import FSPADConfig, FSPADModel
+from fspad.serving import ARCHITECTURE
 
 from .convert import DRAFT_TO_TARGET, DRAFTING_FIELDS, check_destination, original_names
 from .loading import load_head
 
-ARCHITECTURE = "EagleFspadLlamaForCausalLM"
 # vLLM's own class for EAGLE-1/2 heads: no bias in the input layer, and the whole vocabulary
 EAGLE_ARCHITECTURE = "EagleLlamaForCausalLM"
 INPUT_BIAS = "fc.bias"
@@ -84,6 +84,7 @@ def server_config(head: FSPADModel) -> dict[str, Any]:
         "head_dim",
     )
     fields += ("hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias", "rope_parameters")
+    fields += ("feature_sampling", "partial_alignment")
     fields += ("bos_token_id", "eos_token_id", "pad_token_id", *DRAFTING_FIELDS)
     rope = dict(config.rope_parameters or {})
     # The older form too, which servers and the original implementation read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -145,6 +146,35 @@ def _say_saved(head: FSPADModel, destination: Path) -> None:
         f"Saved to {destination}: feature_sampling={config.feature_sampling}, "
         f"partial_alignment={config.partial_alignment}, dtype={str(config.dtype).removeprefix('torch.')}."
     )
+
+
+@app.command()
+def serve(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="Folder or Hub id of the target; by default the one that the head was trained for."),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of an FSPAD head; by default the one in this checkout.")
+    ] = None,
+    num_draft_tokens: Annotated[int, typer.Option(min=1, help="Tokens drafted in a step, a chain.")] = 4,
+    host: Annotated[str, typer.Option(help="Address to listen on; anybody who reaches it is served.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    revision: Annotated[str | None, typer.Option(help="Revision of HEAD on the Hub.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="File for what the server prints, so that only tau is told here.")
+    ] = None,
+    vllm_args: Annotated[
+        str, typer.Option(help='Arguments of vLLM, in one word: `--vllm-args "--tensor-parallel-size 2"`.')
+    ] = "",
+) -> None:
+    """Serve a target and its head by vLLM's OpenAI-compatible server, and tell tau from its counters."""
+    with one_line_errors():
+        from .serve import serve as run_serve
+
+        more = shlex.split(vllm_args)
+        status = run_serve(target, head, revision, num_draft_tokens, host, port, log, more, typer.echo)
+    raise typer.Exit(status)
 
 
 @app.command(

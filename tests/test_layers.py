@@ -12,6 +12,7 @@ LAYERS = {
     "bench": "fspad.bench",
     "hub_cards": "fspad.hub_cards",
     "trainer": "fspad.trainer",
+    "serving": "fspad.serving",
     "cli": "fspad.cli",
 }
 PACKAGES = [*LAYERS.values()]
