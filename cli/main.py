@@ -164,6 +164,7 @@ def serve(
     log: Annotated[
         Path | None, typer.Option(help="File for what the server prints, so that only tau is told here.")
     ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Serve the target alone, to compare with.")] = False,
     vllm_args: Annotated[
         str, typer.Option(help='Arguments of vLLM, in one word: `--vllm-args "--tensor-parallel-size 2"`.')
     ] = "",
@@ -173,7 +174,7 @@ def serve(
         from .serve import serve as run_serve
 
         more = shlex.split(vllm_args)
-        status = run_serve(target, head, revision, num_draft_tokens, host, port, log, more, typer.echo)
+        status = run_serve(target, head, revision, num_draft_tokens, host, port, log, more, typer.echo, plain)
     raise typer.Exit(status)
 
 

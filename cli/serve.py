@@ -24,6 +24,7 @@ def serve(
     log: Path | None,
     extra: Sequence[str],
     tell: Callable[[str], None],
+    is_plain: bool = False,
 ) -> int:
     """Serve a target with a head until it is stopped.
 
@@ -37,6 +38,7 @@ def serve(
         log: File for what the server prints.
         extra: Further arguments of vLLM.
         tell: What to tell with.
+        is_plain: Whether to serve the target alone, to compare with.
 
     Returns:
         Exit status of the server.
@@ -57,6 +59,7 @@ def serve(
             )
         # Its weights are here without the Hub
         model = str(keep_dequantised()) if target is None and name == TARGET_NAME else name
-        tell(f"Serving {name} with drafts of {num_draft_tokens} tokens; vLLM takes a minute to start ...")
-        command = server_command(model, exported, num_draft_tokens, host, port, name, extra)
+        drafts = "without a head" if is_plain else f"with drafts of {num_draft_tokens} tokens"
+        tell(f"Serving {name} {drafts}; vLLM takes a minute to start ...")
+        command = server_command(model, None if is_plain else exported, num_draft_tokens, host, port, name, extra)
         return run_server(command, f"http://{host}:{port}", tell, log)

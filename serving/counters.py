@@ -7,7 +7,7 @@ import urllib.request
 from dataclasses import dataclass
 
 # Prometheus text: name, maybe labels, value
-_LINE = re.compile(r"^(vllm:\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+_LINE = re.compile(r"^(vllm:\w+)(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

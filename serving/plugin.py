@@ -8,8 +8,6 @@ import torch
 
 from . import ARCHITECTURE
 
-EXPAND_KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
-
 
 def register() -> None:
     """Register exported heads with vLLM. The entry point `fspad` in the group `vllm.general_plugins`."""
@@ -20,9 +18,10 @@ def register() -> None:
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"fspad.serving.vllm_model:{ARCHITECTURE}")
     if current_platform.is_cpu() and not HAS_TRITON:
-        from vllm.triton_utils.dispatcher import register_kernels
+        from vllm.utils import cpu_triton_utils
 
-        register_kernels({EXPAND_KERNEL: expand})
+        # Before the platform registers what is there
+        cpu_triton_utils._expand_kernel_impl = expand
 
 
 def expand(
