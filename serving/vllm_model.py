@@ -108,9 +108,18 @@ class FspadModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
         )
+        # Gemma's embedding layer scales in transformers, where heads are trained, and the model around it in vLLM
+        is_scaled = vllm_config.model_config.hf_text_config.model_type.startswith("gemma")
+        scale = torch.tensor(config.hidden_size**0.5 if is_scaled else 1.0)
+        self.register_buffer("embed_scale", scale, persistent=False)
         fuse = FeatureSampling if config.feature_sampling else make_fusion
         self.fc = fuse(vllm_config, maybe_prefix(prefix, "fc"))
         self.layers = nn.ModuleList([PartialAlignmentLayer(vllm_config, maybe_prefix(prefix, f"layers.{number}"))])
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings as the target's layers get them, of shape `(tokens, hidden)`."""
+        embeds = self.embed_tokens(input_ids)
+        return embeds * self.embed_scale.to(embeds.dtype)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -125,7 +134,7 @@ class FspadModel(nn.Module):
         Returns:
             Predict and regress, of shape `(tokens, hidden)` each.
         """
-        inputs = torch.cat([self.embed_tokens(input_ids), hidden_states], dim=-1)
+        inputs = torch.cat([self.embed(input_ids), hidden_states], dim=-1)
         return self.layers[0](positions, self.fc(inputs))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -147,7 +156,7 @@ class EagleFspadLlamaForCausalLM(nn.Module, SupportsEagle):
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, of shape `(tokens, hidden)`."""
-        return self.model.embed_tokens(input_ids)
+        return self.model.embed(input_ids)
 
     def forward(
         self,

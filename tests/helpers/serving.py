@@ -19,15 +19,16 @@ SIZES = {
 }
 
 
-def make_pair(strength: float = 0.004, **variant):
+def make_pair(strength: float = 0.004, family: str = "llama", **variant):
     """A tiny target and a head that both look at the last token first.
 
     Args:
         strength: Of everything else. By default the head drafts often, not always, what the target writes; with 0.1 it
             hardly does, and a draft depends on every part of the head.
+        family: Of the target.
         **variant: Fields of the head's configuration.
     """
-    target = make_target(**SIZES, dtype="float32")
+    target = make_target(family, **SIZES, dtype="float32")
     head = make_head(target, **variant)
     hidden_size = target.config.hidden_size
     with torch.no_grad():

@@ -22,6 +22,7 @@ VARIANTS = {
     "feature-sampling": {"partial_alignment": False},
     "partial-alignment": {"feature_sampling": False},
     "trimmed": {"draft_vocab_size": 40},
+    "gemma3": {"family": "gemma3"},
 }
 PROMPTS = [[5, 17, 3, 60], [8, 2, 44, 44, 9, 71, 30], [90, 1]]
 STEPS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
