@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fspad.bench.smollm2 import TARGET_NAME, keep_dequantised
 from fspad.provenance import as_hub_id
-from fspad.serving.server import check_installed, run_server, server_command
+from fspad.serving.server import check_installed, check_port, run_server, server_command
 
 from .export import export_head
 from .loading import find_shipped_head
@@ -45,9 +45,11 @@ def serve(
 
     Raises:
         ImportError: If there is no vLLM.
+        OSError: If the port is not free.
         ValueError: If there is no head, or it does not say which target it is for.
     """
     check_installed()
+    check_port(host, port)
     with tempfile.TemporaryDirectory(prefix="fspad-serve-") as folder:
         exported = Path(folder) / "head"
         loaded = export_head(str(head or find_shipped_head()), exported, revision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,28 @@ def check_installed() -> None:
         raise ImportError(
             f"serving needs vLLM, in an environment of its own: `{INSTALL}`, or with an accelerator `pip install vllm`"
         )
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that nobody else answers where the server is to.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on.
+
+    Raises:
+        OSError: If somebody does, or the address is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # As servers do, so that connections of an earlier one that are not over yet are no hindrance
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"expected a free port, got {host}:{port} ({error}); choose another with `--port`"
+            ) from error
 
 
 def server_command(

@@ -19,6 +19,7 @@ def served(monkeypatch):
         return 3
 
     monkeypatch.setattr(fspad.cli.serve, "check_installed", lambda: None)
+    monkeypatch.setattr(fspad.cli.serve, "check_port", lambda host, port: None)
     monkeypatch.setattr(fspad.cli.serve, "run_server", run_server)
     monkeypatch.setattr(fspad.cli.serve, "keep_dequantised", lambda: "kept/smollm2")
     return calls

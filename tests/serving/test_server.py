@@ -11,7 +11,7 @@ import pytest
 
 from fspad.serving import server
 from fspad.serving.counters import Counters
-from fspad.serving.server import check_installed, describe, run_server, server_command, server_environment
+from fspad.serving.server import check_installed, check_port, describe, run_server, server_command, server_environment
 
 # Serves ever higher counts, with a worker that ends only by a kill
 SCRIPT = """
@@ -38,6 +38,17 @@ def port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def test_port_in_use(port):
+    check_port("127.0.0.1", port)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(OSError, match=rf"free port, got 127\.0\.0\.1:{port} .*in use"):
+            check_port("127.0.0.1", port)
+    with pytest.raises(OSError, match=r"192\.0\.2\.1"):
+        check_port("192.0.2.1", port)
 
 
 def test_server_tells_tau_and_leaves_no_worker(port, tmp_path):
