@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -192,7 +192,7 @@ class EagleFspadLlamaForCausalLM(nn.Module, SupportsEagle):
             self._places = ((self.token_ids >= start) & (self.token_ids < end)).nonzero().squeeze(1)
             self._rows = self.lm_head.weight[self.token_ids[self._places] - start]
         logits = nn.functional.linear(hidden_states, self._rows)
-        if self._places.numel() == self.token_ids.numel():
+        if get_tensor_model_parallel_world_size() == 1:
             return logits
         scattered = logits.new_zeros(hidden_states.shape[0], self.token_ids.numel())
         scattered[:, self._places] = logits
