@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fspad.bench.questions import read_questions
 from fspad.serving.counters import Counters, read_counters
@@ -111,16 +111,18 @@ def main() -> None:
     deadline = time.monotonic() + options.seconds
     results: dict[tuple[int, str], list[tuple[float, float, Counters]]] = {}
     console = Console()
-    for repeat in range(options.repeats + 1):
-        for concurrency in options.concurrency if repeat else options.concurrency[-1:]:
-            for url in options.urls:
-                if time.monotonic() > deadline:
-                    console.print("Stopped after `--seconds`.")
-                    break
-                measured = ask_all(url, prompts, concurrency, options)
-                if repeat:  # the first time warms up
-                    results.setdefault((concurrency, url), []).append(measured)
-    table = Table("Requests at a time", "Server", "Tokens/s", "Seconds an answer", "tau", title="medians")
+    warm_up = [(options.concurrency[-1], url, False) for url in options.urls]
+    measured = [(number, url, True) for number in options.concurrency for url in options.urls]
+    for concurrency, url, counts in warm_up + measured * options.repeats:
+        if time.monotonic() > deadline:
+            console.print("Stopped after `--seconds`.")
+            break
+        result = ask_all(url, prompts, concurrency, options)
+        if counts:
+            results.setdefault((concurrency, url), []).append(result)
+    table = Table(
+        "Requests at a time", Column("Server", no_wrap=True), "Tokens/s", "Seconds an answer", "tau", title="medians"
+    )
     for (concurrency, url), measured in sorted(results.items()):
         speed, seconds, counted = zip(*measured, strict=True)
         tau = statistics.median(counters.tau for counters in counted)

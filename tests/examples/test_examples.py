@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -185,3 +187,58 @@ def test_draft_size_on_paper(monkeypatch, capsys, load_example):
     assert len(rows) == 5 * len(paper.MACHINES)
     assert all(float(row[5]) > 0.9 for row in rows), "plain steps are always there"
     assert float(rows[4][5]) > 2, "a sure head pays"
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers of five tokens in two steps, and the counters of it."""
+
+    answered = 0
+    lock = threading.Lock()
+
+    def do_GET(self):
+        steps, tokens = 2 * self.answered, 5 * self.answered
+        names = {
+            "generation_tokens": tokens,
+            "spec_decode_num_drafts": steps,
+            "spec_decode_num_accepted_tokens": 3 * self.answered,
+        }
+        metrics = "".join(f"vllm:{name}_total {value}\n" for name, value in names.items())
+        self.answer(json.dumps({"data": [{"id": "model"}]}) if self.path == "/v1/models" else metrics)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert (body["model"], body["max_tokens"]) == ("model", 7)
+        with self.lock:
+            FakeServer.answered += 1
+        self.answer(json.dumps({"usage": {"completion_tokens": 5}}))
+
+    def answer(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_serving_load(tmp_path, monkeypatch, capsys, load_example):
+    _, run = load_example("serving/load")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hello"}\n' * 6)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("COLUMNS", "120")
+    options = ("--urls", url, "--prompts", prompts, "--num_prompts", 4, "--concurrency", 1, 2, "--max_tokens", 7)
+    run(*options, "--repeats", 2)
+    assert FakeServer.answered == 4 + 2 * 2 * 4, "a round to warm up, and two rounds of two"
+    rows = [line for line in capsys.readouterr().out.splitlines() if url in line]
+    assert len(rows) == 2
+    assert all("2.50" in row for row in rows)
+    run(*options, "--seconds", 0)
+    assert "Stopped" in capsys.readouterr().out
+    server.shutdown()
+    server.server_close()
+    for wrong in (("--urls", "http://example.org"), ("--num_prompts", 1000), ("--concurrency", 500)):
+        with pytest.raises(SystemExit):
+            run("--prompts", prompts, *wrong)
