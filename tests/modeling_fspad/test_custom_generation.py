@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList, dynamic_module_utils
 from transformers.generation.streamers import BaseStreamer
 
 from helpers.models import make_head, make_target
@@ -89,7 +89,15 @@ def test_prompts_as_keyword_arguments_of_the_tokenizer(folder):
     assert torch.equal(ours, target.generate(**inputs, **GREEDY))
 
 
-def test_the_head_is_loaded_once_for_all_threads(folder):
+def test_the_head_is_loaded_once_for_all_threads(folder, monkeypatch):
+    stock, lock = dynamic_module_utils.get_imports, threading.Lock()
+
+    def get_imports(filename):
+        # Some releases of Python 3.11 and 3.12 fail if two threads parse code at a time, as transformers lets them
+        with lock:
+            return stock(filename)
+
+    monkeypatch.setattr(dynamic_module_utils, "get_imports", get_imports)
     target, outputs = make_target(vocab_size=9), []
     threads = [threading.Thread(target=lambda: outputs.append(generate(target, folder, **GREEDY))) for _ in range(3)]
     for thread in threads:
