@@ -11,7 +11,11 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -143,10 +147,20 @@ class FspadModel(nn.Module):
 
 
 class EagleFspadLlamaForCausalLM(nn.Module, SupportsEagle):
-    """An exported FSPAD head. vLLM sets `lm_head`, which is the target's."""
+    """An exported FSPAD head. vLLM sets `lm_head`, which is the target's.
+
+    Raises:
+        ValueError: With pipeline parallel, where no process has both of what the head borrows: the embedding is with the
+            first layers, and the LM head with the last.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
+        if (stages := get_pp_group().world_size) > 1:
+            raise ValueError(
+                f"expected pipeline_parallel_size 1, since a head borrows embedding and LM head of its target, got {stages}: "
+                "use tensor parallel alone, or serve without a head."
+            )
         self.config = vllm_config.speculative_config.draft_model_config.hf_config
         self.model = FspadModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.logits_processor = LogitsProcessor(self.config.vocab_size)

@@ -60,6 +60,12 @@ def test_two_workers_write_what_one_writes(tmp_path):
         )
 
 
+def test_pipelines_are_refused(tmp_path):
+    folder, exported = save_pair(tmp_path)
+    with pytest.raises(AssertionError, match="expected pipeline_parallel_size 1"):
+        run(Run(folder, PROMPTS, exported, options={"pipeline_parallel_size": 2}), tmp_path / "run")
+
+
 def test_sampling_has_the_distribution_of_the_target(tmp_path):
     folder, exported = save_pair(tmp_path)
     target, _ = make_pair()
