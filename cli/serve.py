@@ -62,6 +62,6 @@ def serve(
         # Its weights are here without the Hub
         model = str(keep_dequantised()) if target is None and name == TARGET_NAME else name
         drafts = "without a head" if is_plain else f"with drafts of {num_draft_tokens} tokens"
-        tell(f"Serving {name} {drafts}; vLLM takes a minute to start ...")
+        tell(f"Serving {name} {drafts}; vLLM takes a minute to start, the first time several ...")
         command = server_command(model, None if is_plain else exported, num_draft_tokens, host, port, name, extra)
         return run_server(command, f"http://{host}:{port}", tell, log)

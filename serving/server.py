@@ -119,8 +119,10 @@ def run_server(
     except KeyboardInterrupt:
         return 0
     finally:
-        signal.signal(signal.SIGTERM, previous)
-        _stop(server)
+        try:
+            _stop(server)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
         if output is not None:
             output.close()
 
@@ -163,13 +165,15 @@ def _wait(server: subprocess.Popen, seconds: float) -> None:
 
 
 def _stop(server: subprocess.Popen) -> None:
-    """Ask the server to stop, and after a while stop it with all of its workers."""
-    if server.poll() is None:
-        server.send_signal(signal.SIGINT)
-        _wait(server, SECONDS_TO_STOP)
-    with suppress(ProcessLookupError):  # nothing is left
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    """Ask the server to stop, and after a while, or if asked once more, stop it with all of its workers."""
+    try:
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+            _wait(server, SECONDS_TO_STOP)
+    finally:
+        with suppress(ProcessLookupError):  # nothing is left
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def _raise_interrupt(*_: object) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 
 import psutil
@@ -66,7 +67,25 @@ def test_server_tells_tau_and_leaves_no_worker(port, tmp_path):
     assert lines[0] == f"Ready at http://127.0.0.1:{port}/v1. Stop with Ctrl-C."
     assert "10 tokens" in lines[1]
     assert "tau 2.00 (5 of 20 drafted tokens accepted in 5 steps)" in lines[1]
-    worker = int((tmp_path / "log").read_text().split()[1])
+    assert_no_worker(tmp_path / "log")
+
+
+def test_asked_to_stop_twice_it_leaves_no_worker_either(port, tmp_path):
+    stubborn = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + SCRIPT
+
+    def tell(line: str) -> None:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_server([sys.executable, "-c", stubborn, str(port)], f"http://127.0.0.1:{port}", tell, tmp_path / "log")
+    assert time.monotonic() - start < server.SECONDS_TO_STOP
+    assert_no_worker(tmp_path / "log")
+
+
+def assert_no_worker(log) -> None:
+    worker = int(log.read_text().split()[1])
     deadline = time.monotonic() + 10
     while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the worker is still there"
