@@ -34,7 +34,7 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from fspad import FSPADConfig, FSPADModel
-from fspad.bench.machine import native_dtype
+from fspad.bench.machine import default_device, native_dtype
 from fspad.bench.measuring import mean_tokens_per_step, measure
 from fspad.bench.methods import REFERENCE_DRAFT_TOKENS
 from fspad.bench.plot_style import COLORS, STYLE, save
@@ -52,7 +52,7 @@ TREES: dict[str, int | str] = {"tree of 59": REFERENCE_DRAFT_TOKENS, "automatic 
 # What the results of a recipe depend on, of the command line
 SETTINGS = (
     *("dialogs", "prompts", "num_prompts", "questions", "per_category", "temperatures", "max_new_tokens"),
-    *("batch_size", "num_dialogs", "max_length", "max_steps", "learning_rate"),
+    *("batch_size", "num_dialogs", "max_length", "max_steps", "learning_rate", "dtype"),
 )
 
 
@@ -110,6 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_dialogs", type=int, default=2668, help="Dialogues trained on, the first of the file.")
     parser.add_argument("--max_length", type=int, default=1024, help="Longer dialogues are cut to this many tokens.")
     parser.add_argument("--max_steps", type=int, default=1000, help="Optimizer steps.")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="Of the target.")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="Learning rate, of every recipe.")
     parser.add_argument(
         "--curve", type=int, nargs="*", default=[125, 250, 500], help="Steps at which tau is measured on the way."
@@ -117,6 +118,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only_report", action="store_true", help="Print the table of the runs that there are.")
     options = parser.parse_args()
     options.results_dir = options.results_dir or options.output_dir
+    if options.dtype == "auto":
+        options.dtype = str(native_dtype(default_device())).removeprefix("torch.")
     if not options.only_report and None in (options.dialogs, options.prompts, options.questions):
         parser.error("--dialogs, --prompts and --questions are needed to train and measure")
     return options
@@ -139,7 +142,8 @@ class MeasureOnTheWay(TrainerCallback):
     ) -> None:
         """Measure, if this is such a step."""
         if state.global_step in self.options.curve:
-            with torch.random.fork_rng([]):
+            device = self.target.device
+            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
                 head = as_deployed(model, self.target)
                 lengths = accept_lengths(head, self.target, self.inputs, REFERENCE_DRAFT_TOKENS, 0.0, self.options)
             state.log_history.append({"step": state.global_step, "accept_lengths": lengths})
@@ -240,7 +244,8 @@ def run_all(options: argparse.Namespace) -> None:
     missing = [run for run in runs if read_result(options, *run) is None]
     if not missing:
         return
-    target, tokenizer = load_smollm2(native_dtype())
+    target, tokenizer = load_smollm2(getattr(torch, options.dtype))
+    target.to(default_device())
     prepared = prepare_dataset(load_dialogues(options.dialogs), tokenizer, options.max_length)
     prepared = prepared.select(range(options.num_dialogs))
     dataset = add_features(prepared, target, options.output_dir / "features")

@@ -168,7 +168,7 @@ class AssistedDecodingMixin:
             attentions=verifier.attentions if generation_config.output_attentions else None,
             hidden_states=verifier.hidden_states if generation_config.output_hidden_states else None,
             past_key_values=verifier.cache,
-            accept_lengths=torch.tensor(loop.accept_lengths, dtype=torch.long),
+            accept_lengths=torch.tensor(loop.accept_lengths, dtype=torch.long, device="cpu"),
             draft_time=loop.draft_watch.seconds(),
             verify_time=loop.verify_watch.seconds(),
         )

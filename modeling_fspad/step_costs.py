@@ -99,8 +99,10 @@ class StepCosts:
             num_levels: Its levels.
             seconds: Its time.
         """
-        if self._first_level is None:
-            self._first_level = self._further_level = seconds / num_levels
+        if self._first_level is None or self.trial is not None:
+            # The least, as kernels that are loaded when they are first needed make the first drafts take many times as long
+            per_level = seconds / num_levels
+            self._first_level = self._further_level = min(per_level, self._first_level or per_level)
             return
         # Towards the line through all that was seen, by normalised least mean squares
         error = min(seconds, 2 * self.draft(num_levels)) - self.draft(num_levels)

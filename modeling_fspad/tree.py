@@ -70,4 +70,4 @@ class DraftTree:
                 ancestors.append(line)
             depths = [sum(line) - 1 for line in ancestors]
             rows.append([tokens, parents, depths, *ancestors])
-        return torch.tensor(rows).to(self.device)
+        return torch.tensor(rows, device="cpu").to(self.device)

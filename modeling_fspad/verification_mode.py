@@ -183,8 +183,8 @@ def _is_exact(
     limit = common_value(text_config, "max_position_embeddings")
     if length > _LONGEST_PROBE or (isinstance(limit, int) and 0 < limit < length + 8):
         return False
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(text_config.vocab_size, (length + 4,), generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randint(text_config.vocab_size, (length + 4,), generator=generator, device="cpu").tolist()
     prompt, (root, first, second, last) = drawn[:length], drawn[length:]
     other = (first + 1) % text_config.vocab_size
     if mode is VerificationMode.TREE:  # a path with distractors before, beside and behind it

@@ -19,6 +19,14 @@ os.environ |= {"HF_HOME": HF_HOME, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"
 os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # for the stand-in of the Hub
 
 
+def pytest_configure() -> None:
+    """With `FSPAD_TEST_DEVICE=cuda`, make tensors and models on an accelerator wherever a test names no device."""
+    if device := os.environ.get("FSPAD_TEST_DEVICE"):
+        import torch
+
+        torch.set_default_device(device)
+
+
 def pytest_unconfigure() -> None:
     """Remove what Hugging Face libraries have cached."""
     shutil.rmtree(HF_HOME, ignore_errors=True)

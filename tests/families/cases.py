@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.models.auto import modeling_auto
 
@@ -21,6 +23,7 @@ NEAR_TIE = 1e-4
 NOT_REPEATED = "plain decoding does not repeat itself"
 NEW_TOKENS = 20
 SECONDS = 90  # of one case, before it counts as hanging
+DEVICE = os.environ.get("FSPAD_TEST_DEVICE", "cpu")  # of targets, heads and prompts
 
 
 # --- The cases ---
@@ -51,7 +54,9 @@ def prompt_of(length: int, padding: int = 0, seed: int = 5) -> dict[str, torch.T
         padding: Tokens of padding.
         seed: Seed of the tokens.
     """
-    tokens = torch.randint(3, FIRST_SPECIAL, (1, length), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        3, FIRST_SPECIAL, (1, length), generator=torch.Generator(torch.get_default_device()).manual_seed(seed)
+    )
     mask = torch.ones_like(tokens)
     return {
         "input_ids": torch.cat([tokens.new_zeros(1, padding), tokens], dim=1),
@@ -74,7 +79,7 @@ class StopAt(StoppingCriteria):
         self.length = length
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
 def _up_to_the_limit(target: PreTrainedModel) -> dict[str, Any]:
@@ -218,7 +223,8 @@ def _check(tiny_type: TinyType, case: Case, dtype: torch.dtype) -> Result:
             target = build(tiny_type).to(dtype)
             if case.attention is not None:
                 target.set_attn_implementation(case.attention)
-            options = case.options(target)
+            options = tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), case.options(target))
+            target.to(DEVICE)
             plain = _turns(target, options, case.turns, None)
     except Exception as error:
         result.detail = _said(error)
@@ -256,7 +262,7 @@ def _turns(
     outputs: list[Any] = []
     for turn in range(turns):
         if outputs:
-            more = prompt_of(5, seed=turn)["input_ids"]
+            more = prompt_of(5, seed=turn)["input_ids"].to(DEVICE)
             options = dict(options)
             options["input_ids"] = torch.cat([outputs[-1].sequences, more], dim=1)
             grown = options["input_ids"].shape[1] - options["attention_mask"].shape[1]

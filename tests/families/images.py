@@ -61,7 +61,7 @@ def _forms(target: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
     """Pixels in every form that is in use."""
     names = inspect.signature(target.forward).parameters
     vision = getattr(target.config, "vision_config", target.config)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(target.dtype)

@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
 
 @torch.no_grad()
 def predict(head):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     features, embeddings = torch.randn(2, 1, 5, 32, generator=generator)
     return head.eval()(features=features, inputs_embeds=embeddings).predict
 

@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
 
+from families.tiny_models import TinyType, build
 from fspad.versions import release
 from helpers.comparing import assert_same, check_accept_lengths, generate
 from helpers.models import FAMILIES, know_the_future, make_head, make_target
@@ -319,3 +320,16 @@ def test_a_head_of_another_dtype_is_used_as_it_is_with_one_warning(caplog):
     plain = target.generate(torch.tensor([[1, 2]]), max_new_tokens=20)
     assert torch.equal(target.generate(torch.tensor([[1, 2]]), assistant_model=head, max_new_tokens=20), plain)
     assert head.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama", "biogpt", "mpt"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_default_device_of_the_users_changes_nothing(name, do_sample):
+    target = build(TinyType.parse(name))
+    head = make_head(target, draft_depth=1, draft_top_k=2)
+    options = {"do_sample": do_sample, "max_new_tokens": 20}
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    with torch.device("meta"):  # whose tensors have no values to be right by chance
+        plain, ours = generate(target, prompt, **options), generate(target, prompt, head, **options)
+    assert_same(plain, ours)
+    assert ours.accept_lengths.device.type == "cpu"

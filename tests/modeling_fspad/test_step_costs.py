@@ -95,6 +95,17 @@ def test_drafting_times_are_those_of_a_line():
     assert costs.draft(4) == pytest.approx(0.015, rel=0.05)
 
 
+def test_first_drafts_for_which_kernels_are_loaded_do_not_count():
+    costs = StepCosts()
+    slow = [0.3, 0.3, 0.1]
+    while (size := costs.trial) is not None:
+        if size > 1:
+            costs.observe_draft(6, 6 * 0.002 + (slow.pop(0) if slow else 0.0))
+        costs.observe_verify(size, linear(size))
+    assert costs.draft(1) == pytest.approx(0.002)
+    assert costs.draft(6) == pytest.approx(0.012)
+
+
 def test_costs_belong_to_a_target_its_dtype_and_the_way_it_verifies():
     target = make_target()
     costs = costs_of(target, VerificationMode.TREE)

@@ -38,7 +38,7 @@ def random_case(seed: int) -> tuple:
         num_draft_tokens=rng.choice([1, 7, 24, 59]),
         draft_vocab_size=rng.choice([None, None, max(2, vocab_size // 2)]),
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     prompt = torch.randint(1, vocab_size, (1, rng.randint(1, 40)), generator=generator)
     length = rng.randint(1, 36)
     options = {"max_new_tokens": length}
@@ -73,6 +73,8 @@ def compare(seed, **options):
     try:
         plain = generate(target, prompt, seed=seed, **options)
     except RuntimeError:  # older releases, where processors together leave no token to draw
+        if prompt.is_cuda:
+            pytest.skip("after this error CUDA is of no more use to the process: run the tests that follow again")
         with pytest.raises(RuntimeError, match="probability tensor"):
             generate(target, prompt, head, seed=seed, **options)
         return
